@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['set_style', 'act_colors', 'plot_intervals', 'save_figure']
 
-# %% ../../nbs/core/90_plots.ipynb #5494ec55
+# %% ../../nbs/core/90_plots.ipynb #f490f47b
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from .errors import InputError
 from .paths import atomic_file, checkout_dir
 from .statistics import Interval
 
-# %% ../../nbs/core/90_plots.ipynb #238ef500
+# %% ../../nbs/core/90_plots.ipynb #651122ae
 def set_style() -> None:
     "Set the look of every figure of the laboratory."
     look = {
@@ -41,7 +41,7 @@ def act_colors() -> dict[str, tuple[float, float, float]]:  # act -> red, green,
     "Give each dialogue act its colour."
     return dict(zip(ACTS, sns.color_palette("colorblind"), strict=False))
 
-# %% ../../nbs/core/90_plots.ipynb #fd1346ae
+# %% ../../nbs/core/90_plots.ipynb #78c4e4de
 def plot_intervals(
     ax: Axes,
     intervals: Mapping[str, Interval] | pd.Series,  # label -> Interval, drawn from top to bottom
@@ -72,7 +72,7 @@ def plot_intervals(
     )
     return ax
 
-# %% ../../nbs/core/90_plots.ipynb #f2fe9357
+# %% ../../nbs/core/90_plots.ipynb #72b23492
 _FIGURE = re.compile(r"[a-z0-9]+(?:[_-][a-z0-9]+)*__[a-z0-9]+(?:[_-][a-z0-9]+)*")
 
 
