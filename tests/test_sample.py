@@ -39,6 +39,16 @@ def test_labels(turns):
     assert None not in acts and None not in emotions
 
 
+def test_the_data_card_counts_right(corpus, turns):
+    card = (sample_dir() / "README.md").read_text(encoding="utf-8")
+    counts = Counter(t.act for t in turns) + Counter(t.emotion for t in turns)
+    told = {
+        label: int(n.replace(",", "")) for label, n in re.findall(r"^\| (\w+) \| ([\d,]+) \|$", card, re.M)
+    }
+    assert told == counts
+    assert f"{len(corpus)} two-person" in card and f"{len(turns):,} turns" in card
+
+
 def test_ids_are_the_hash_of_the_turns(corpus):
     lines = (sample_dir() / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["id"] for line in lines] == [dialogue.id for dialogue in corpus]

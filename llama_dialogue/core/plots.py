@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['set_style', 'act_colors', 'plot_intervals', 'save_figure']
 
-# %% ../../nbs/core/90_plots.ipynb #f490f47b
+# %% ../../nbs/core/90_plots.ipynb #539af1fb
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,14 +21,13 @@ from .errors import InputError
 from .paths import atomic_file, checkout_dir
 from .statistics import Interval
 
-# %% ../../nbs/core/90_plots.ipynb #651122ae
+# %% ../../nbs/core/90_plots.ipynb #4bd9cf77
 def set_style() -> None:
     "Set the look of every figure of the laboratory."
     look = {
         "font.family": "DejaVu Sans",
         "figure.dpi": 90,
         "figure.figsize": (6.5, 3.5),
-        "figure.constrained_layout.use": True,
         "savefig.dpi": 150,
         "axes.titlelocation": "left",
         "axes.spines.top": False,
@@ -41,7 +40,7 @@ def act_colors() -> dict[str, tuple[float, float, float]]:  # act -> red, green,
     "Give each dialogue act its colour."
     return dict(zip(ACTS, sns.color_palette("colorblind"), strict=False))
 
-# %% ../../nbs/core/90_plots.ipynb #78c4e4de
+# %% ../../nbs/core/90_plots.ipynb #b7243000
 def plot_intervals(
     ax: Axes,
     intervals: Mapping[str, Interval] | pd.Series,  # label -> Interval, drawn from top to bottom
@@ -72,7 +71,7 @@ def plot_intervals(
     )
     return ax
 
-# %% ../../nbs/core/90_plots.ipynb #72b23492
+# %% ../../nbs/core/90_plots.ipynb #a057be44
 _FIGURE = re.compile(r"[a-z0-9]+(?:[_-][a-z0-9]+)*__[a-z0-9]+(?:[_-][a-z0-9]+)*")
 
 

@@ -7,7 +7,7 @@ __all__ = ['SCHEMA_VERSION', 'package_versions', 'git_commit', 'machine', 'peak_
            'results_dir', 'start_run', 'records_table', 'save_rows', 'load_rows', 'record_sha256', 'rendered_from',
            'check_rendered']
 
-# %% ../../nbs/core/80_records.ipynb #220b233c
+# %% ../../nbs/core/80_records.ipynb #15b293be
 import json
 import os
 import platform
@@ -37,7 +37,7 @@ from llama_dialogue.core.paths import (
 )
 from .statistics import Interval
 
-# %% ../../nbs/core/80_records.ipynb #8b43bc70
+# %% ../../nbs/core/80_records.ipynb #ad76251b
 _PACKAGES = "llama_dialogue torch transformers tokenizers peft trl datasets accelerate bitsandbytes numpy scikit-learn"
 
 
@@ -84,7 +84,7 @@ def peak_memory_mb() -> float:  # MiB of resident memory, since the process bega
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
-# %% ../../nbs/core/80_records.ipynb #c364c010
+# %% ../../nbs/core/80_records.ipynb #e49a561b
 SCHEMA_VERSION = 1
 _STATUS = ("done", "failed", "interrupted")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -148,14 +148,16 @@ class RunRecord:
                     f"{what}={getattr(self, what)!r}: need lower-case letters, digits, '.', '_' or '-', e.g. 'demo'"
                 )
 
+    def to_dict(self) -> dict:  # plain data, as the file holds it
+        "Give the record as plain data."
+        return _plain(asdict(self) | {"metrics": self.metrics})
+
     def save(
         self,
         path: Path | str,  # e.g. data/results/perturb/demo.json
     ) -> Path:
         "Write the record as JSON, whole or not at all."
-        text = json.dumps(
-            _plain(asdict(self) | {"metrics": self.metrics}), indent=1, ensure_ascii=False, allow_nan=False
-        )
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         with atomic_file(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
         return Path(path)
@@ -195,7 +197,7 @@ class RunRecord:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
-# %% ../../nbs/core/80_records.ipynb #5ae0ce6d
+# %% ../../nbs/core/80_records.ipynb #324fbcfc
 def results_dir() -> Path:  # data/results of the checkout; of the current folder for an installed package
     "Give the folder of the records."
     return (checkout_dir() or Path()) / "data" / "results"
@@ -244,7 +246,7 @@ def start_run(
         if path and (run.status == "done" or not path.exists()):
             run.save(path)
 
-# %% ../../nbs/core/80_records.ipynb #506ddc7a
+# %% ../../nbs/core/80_records.ipynb #77d441ee
 def _flat(values: dict, prefix: str = "") -> dict:
     "Join the keys of nested dicts by dots."
     flat = {}
@@ -278,7 +280,7 @@ def records_table(
         )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/core/80_records.ipynb #2afd490d
+# %% ../../nbs/core/80_records.ipynb #3a698a92
 _CORPUS_COLUMNS = {"context", "prompt", "text", "turns", "reference"}
 
 
@@ -305,7 +307,7 @@ def load_rows(
             raise InputError(f"{path}: no such file: need the rows beside a record, e.g. demo.parquet")
         return pd.read_parquet(path)
 
-# %% ../../nbs/core/80_records.ipynb #4b7b0fc2
+# %% ../../nbs/core/80_records.ipynb #b585bbba
 _RENDERED = re.compile(r"^(\S+) sha256 ([0-9a-f]{64})$", re.MULTILINE)
 
 

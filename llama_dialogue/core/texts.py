@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['normalize', 'detokenize', 'similar_pairs', 'nearest_texts']
 
-# %% ../../nbs/core/35_texts.ipynb #664b638e
+# %% ../../nbs/core/35_texts.ipynb #7ac41dc3
 import math
 import re
 import unicodedata
@@ -16,7 +16,7 @@ from itertools import chain
 
 from .errors import InputError
 
-# %% ../../nbs/core/35_texts.ipynb #3c5b4ede
+# %% ../../nbs/core/35_texts.ipynb #30b5cd21
 @cache
 def _counts(char: str) -> bool:
     return unicodedata.category(char)[0] in "LMN"  # letters, the marks on them, numbers
@@ -28,7 +28,7 @@ def normalize(
     "Reduce a text to what must be equal in two copies of it."
     return "".join(char for char in unicodedata.normalize("NFKC", text).casefold() if _counts(char))
 
-# %% ../../nbs/core/35_texts.ipynb #b16e6245
+# %% ../../nbs/core/35_texts.ipynb #19f53229
 _QUOTES = str.maketrans("’‘`´“”。", "''''\"\".")
 _RULES = [
     (re.compile(pattern), replacement)
@@ -61,7 +61,7 @@ def detokenize(
         text = pattern.sub(replacement, text)
     return text.strip()
 
-# %% ../../nbs/core/35_texts.ipynb #28d2053e
+# %% ../../nbs/core/35_texts.ipynb #5ef7d0a0
 def _shingles(text: str, size: int) -> frozenset[str]:
     words = re.findall(r"\w+", text.translate(_QUOTES).casefold().replace("'", ""))
     starts = range(max(1, len(words) - size + 1)) if words else ()
@@ -72,7 +72,7 @@ def _jaccard(left: frozenset, right: frozenset) -> float:
     shared = len(left & right)
     return shared / (len(left) + len(right) - shared)
 
-# %% ../../nbs/core/35_texts.ipynb #968834a0
+# %% ../../nbs/core/35_texts.ipynb #8106273f
 def similar_pairs(
     left: list[str],  # N texts
     right: list[str],  # M texts, may be the same list
@@ -99,7 +99,7 @@ def similar_pairs(
             if similarity >= threshold - 1e-9:
                 yield i, j, similarity
 
-# %% ../../nbs/core/35_texts.ipynb #3c1495ef
+# %% ../../nbs/core/35_texts.ipynb #1f1f35d0
 def nearest_texts(
     texts: list[str],  # N texts, e.g. the test utterances
     base: list[str],  # M texts to search, e.g. the training utterances

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenGradient', 'GrowingCache', 'one_token_attention', 'frozen', 'attention_by', 'run_layers']
 
-# %% ../../nbs/perturb/15_cache.ipynb #0f8f8fb8
+# %% ../../nbs/perturb/15_cache.ipynb #eac9606d
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 
-# %% ../../nbs/perturb/15_cache.ipynb #27e94c0e
+# %% ../../nbs/perturb/15_cache.ipynb #29310413
 @dataclass
 class TokenGradient:
     "A loss's gradient by the cached keys and values of one layer, as four thin factors."
@@ -56,7 +56,7 @@ class TokenGradient:
         scale = scale[:, None, None]
         return TokenGradient(self.query * scale, self.by_score, self.weight, self.by_output * scale)
 
-# %% ../../nbs/perturb/15_cache.ipynb #f9025eb3
+# %% ../../nbs/perturb/15_cache.ipynb #e578367d
 class GrowingCache:
     "Keys and values of a batch in fixed buffers, newest position last."
 
@@ -146,7 +146,7 @@ class GrowingCache:
         self.num_rows = len(order)
         self._hide_padding()
 
-# %% ../../nbs/perturb/15_cache.ipynb #5e2330f3
+# %% ../../nbs/perturb/15_cache.ipynb #0c474d07
 class _OneTokenAttention(torch.autograd.Function):
     "Attention of one query position over a `GrowingCache`, with a thin backward pass."
 
@@ -198,7 +198,7 @@ def one_token_attention(
 
 AttentionInterface.register("one_token", one_token_attention)
 
-# %% ../../nbs/perturb/15_cache.ipynb #268f11cc
+# %% ../../nbs/perturb/15_cache.ipynb #82b111b9
 @contextlib.contextmanager
 def frozen(
     model: PreTrainedModel,
