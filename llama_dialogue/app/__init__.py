@@ -1,1 +1,1 @@
-
+"""The demo, one reply, and the command line."""

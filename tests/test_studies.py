@@ -1,0 +1,37 @@
+"""What the docs say is what the records hold."""
+
+import re
+
+import pytest
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+
+from llama_dialogue.core.records import RunRecord, check_rendered, load_rows, results_dir
+
+CFG = get_config()
+STUDIES = [p for p in nbglob(as_path=True).sorted() if p.stem.endswith("_study") or p.name == "index.ipynb"]
+RECORDS = sorted(results_dir().rglob("*.json"))
+
+
+@pytest.mark.parametrize("notebook", STUDIES, ids=lambda p: p.relative_to(CFG.nbs_path).as_posix())
+def test_rendered_from_todays_records(notebook):
+    assert check_rendered(notebook.absolute())
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.relative_to(results_dir()).as_posix())
+def test_record_is_whole_and_has_its_config(path):
+    record = RunRecord.load(path)
+    assert record.status == "done" and record.metrics and record.model["sha256"] and record.data["sha256"]
+    assert (CFG.config_path / "configs" / path.parent.name / f"{path.stem}.yaml").exists()
+    if record.rows:
+        rows = load_rows(path.with_name(record.rows))
+        assert len(rows) and not {"context", "text"} & set(rows.columns)
+
+
+def test_figures_that_the_docs_show_exist():
+    shown = [
+        CFG.config_path / "figures" / name
+        for notebook in nbglob(as_path=True)
+        for name in re.findall(r"figures/([\w-]+\.png)", notebook.read_text(encoding="utf-8"))
+    ]
+    assert [path for path in shown if not path.exists()] == []
