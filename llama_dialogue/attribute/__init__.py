@@ -1,0 +1,7 @@
+"""Read act and emotion from hidden states; judge replies by a second model."""
+
+from .features import *
+from .head import *
+from .judge import *
+from .scoring import *
+from .defaults import *

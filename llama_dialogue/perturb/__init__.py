@@ -1,5 +1,8 @@
 """Perturb the KV cache by layer range, and compare with other ways to steer."""
 
 from .layers import *
+from .cache import *
+from .settings import *
 from .pplm import *
 from .reference import *
+from .methods import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenGradient', 'GrowingCache', 'one_token_attention', 'frozen', 'attention_by', 'run_layers']
 
-# %% ../../nbs/perturb/15_cache.ipynb #eac9606d
+# %% ../../nbs/perturb/15_cache.ipynb #708554c6
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
-
-# %% ../../nbs/perturb/15_cache.ipynb #29310413
+# %% ../../nbs/perturb/15_cache.ipynb #4822590f
 @dataclass
 class TokenGradient:
     "A loss's gradient by the cached keys and values of one layer, as four thin factors."
@@ -56,7 +55,7 @@ class TokenGradient:
         scale = scale[:, None, None]
         return TokenGradient(self.query * scale, self.by_score, self.weight, self.by_output * scale)
 
-# %% ../../nbs/perturb/15_cache.ipynb #e578367d
+# %% ../../nbs/perturb/15_cache.ipynb #47df87c9
 class GrowingCache:
     "Keys and values of a batch in fixed buffers, newest position last."
 
@@ -138,15 +137,15 @@ class GrowingCache:
         order: list[int],  # for each row to come the row it was; only rows from the end move
     ) -> None:
         "Let rows leave the batch."
-        moved = [(new, old) for new, old in enumerate(order) if new != old]
-        new, old = ([pair[i] for pair in moved] for i in (0, 1))
-        for buffer in (b for pair in self.buffers.values() for b in pair):
+        new = [i for i, old in enumerate(order) if i != old]
+        old = [order[i] for i in new]
+        for buffer in (b for pair in self.buffers.values() for b in pair if new):
             buffer[new] = buffer[old]
         self.padding = self.padding[order]
         self.num_rows = len(order)
         self._hide_padding()
 
-# %% ../../nbs/perturb/15_cache.ipynb #0c474d07
+# %% ../../nbs/perturb/15_cache.ipynb #c2b9f08d
 class _OneTokenAttention(torch.autograd.Function):
     "Attention of one query position over a `GrowingCache`, with a thin backward pass."
 
@@ -154,7 +153,7 @@ class _OneTokenAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, cache, layer, scale):
         keys, values = cache.columns(layer, extra=key.shape[2])
         batch, heads, _, width = query.shape
-        q = query.to(keys.dtype).reshape(len(keys), -1, width)
+        q = query.detach().to(keys.dtype).reshape(len(keys), -1, width)
         scores = torch.baddbmm(cache.bias[keys.dtype][..., : keys.shape[-1]], q, keys, alpha=scale)
         exact = torch.promote_types(keys.dtype, torch.float32)
         weight = scores.softmax(-1, dtype=exact).to(keys.dtype)
@@ -166,6 +165,7 @@ class _OneTokenAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, by_output):
         cache, layer, scale, q, weight, keys, values, tried, dtype = ctx.kept
+        ctx.kept = None
         batch, _, heads, width = by_output.shape
         by_output = by_output.to(keys.dtype).reshape(q.shape)
         by_weight = torch.bmm(by_output, values)
@@ -198,7 +198,7 @@ def one_token_attention(
 
 AttentionInterface.register("one_token", one_token_attention)
 
-# %% ../../nbs/perturb/15_cache.ipynb #82b111b9
+# %% ../../nbs/perturb/15_cache.ipynb #34158ad6
 @contextlib.contextmanager
 def frozen(
     model: PreTrainedModel,

@@ -1,0 +1,166 @@
+"""Batched PPLM equals the plain reference: the same tokens, perturbations within 1e-9, in float64 on tiny models."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llama_dialogue.core.errors import InputError
+from llama_dialogue.core.models import tiny_chat_model
+from llama_dialogue.perturb.pplm import PPLMConfig, generate_pplm
+from llama_dialogue.perturb.reference import reference_pplm
+
+FAMILIES = ("llama", "mistral", "qwen2", "gemma")
+TEXTS = [
+    "Why?",
+    "The kettle is on the stove.",
+    "No.",
+    "Who on earth painted the gate pink, and when?",
+    "",
+    "Wait!",
+    "Mm",
+]
+PROMPTS = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in TEXTS]
+CASES = {
+    "all": dict(layers="all"),
+    "lower": dict(layers="lower", num_iterations=1),
+    "middle": dict(layers="middle", num_iterations=2),
+    "upper": dict(layers="upper", num_iterations=5),
+    "one layer": dict(layers=(1, 2), sample=False),
+    "horizon": dict(layers="upper", horizon_length=3),
+    "window": dict(layers="all", window_length=5),
+    "decay": dict(layers="middle", window_length=4, decay=True),
+    "penalty": dict(layers="upper", repetition_penalty=1.3, sample=False),
+    "fusion": dict(layers="all", gm_scale=0.5, kl_scale=0.5, top_k=0, temperature=0.7),
+    "gamma": dict(layers="all", gamma=0.5, step_size=0.1),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def chat(request):
+    return tiny_chat_model(request.param, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def head():
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(4, 64, generator=generator, dtype=torch.float64)
+    return SimpleNamespace(weight=weight, bias=torch.zeros(4), classes=["a", "b", "c", "d"], layer=None)
+
+
+def assert_equal_to_reference(chat, head, prompts, config):
+    labels, seeds = [i % 4 for i in range(len(prompts))], [100 + i for i in range(len(prompts))]
+    out = generate_pplm(
+        chat.model, chat.tokenizer, prompts, labels, head, config, seeds=seeds, return_deltas=True
+    )
+    for row, prompt in enumerate(prompts):
+        plain = reference_pplm(
+            chat.model, chat.tokenizer, prompt, labels[row], head, config, seeds[row], True
+        )
+        assert out.token_ids[row] == plain.token_ids[0]
+        for mine, dense in zip(out.deltas[row], plain.deltas[0], strict=True):
+            assert (mine - dense).abs().max() < 1e-9
+        torch.testing.assert_close(
+            torch.tensor(out.losses[row]), torch.tensor(plain.losses[0]), rtol=1e-9, atol=1e-9
+        )
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_reference(chat, head, case):
+    number = list(CASES).index(case)
+    rows = 1 + (number + FAMILIES.index(chat.name.split("-")[1])) % 3
+    start = number % (len(PROMPTS) - rows + 1)
+    config = PPLMConfig(**{"step_size": 0.3, "max_new_tokens": 3} | CASES[case])
+    assert_equal_to_reference(chat, head, PROMPTS[start : start + rows], config)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_batch_sizes(head, rows):
+    chat = tiny_chat_model("llama", dtype=torch.float64)
+    assert_equal_to_reference(
+        chat, head, PROMPTS[:rows], PPLMConfig(layers="upper", step_size=0.5, max_new_tokens=2)
+    )
+
+
+def test_rows_that_end_early_leave(head):
+    chat = tiny_chat_model("qwen2", dtype=torch.float64)
+    chat.model.generation_config.eos_token_id = list(range(0, 260, 3))
+    out = assert_equal_to_reference(
+        chat, head, PROMPTS[:5], PPLMConfig(layers="middle", step_size=0.3, max_new_tokens=6, top_k=0)
+    )
+    lengths = {len(ids) for ids in out.token_ids}
+    assert any(out.stopped) and len(lengths) > 1
+
+
+def test_prompt_of_one_token(head):
+    chat = tiny_chat_model("gemma", dtype=torch.float64)
+    config = PPLMConfig(layers="all", step_size=0.3, max_new_tokens=3)
+    labels, prompts = [1, 2], ["A", "Come in, it's open."]
+    out = generate_pplm(chat.model, chat.tokenizer, prompts, labels, head, config, seeds=[0, 1])
+    for row in range(2):
+        plain = reference_pplm(chat.model, chat.tokenizer, prompts[row], labels[row], head, config, row)
+        assert out.token_ids[row] == plain.token_ids[0]
+
+
+def test_same_prompt_for_every_target(head):
+    chat = tiny_chat_model("mistral", dtype=torch.float64)
+    assert_equal_to_reference(chat, head, [PROMPTS[1]] * 4, PPLMConfig(step_size=0.5, max_new_tokens=2))
+
+
+def test_model_is_given_back_as_it_was(head):
+    chat = tiny_chat_model("llama")
+    chat.model.requires_grad_(True).train()
+    ids = torch.tensor([[40, 41, 42]])
+    before = chat.model(ids).logits
+    generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, PPLMConfig(max_new_tokens=2))
+    assert torch.equal(before, chat.model(ids).logits)
+    assert chat.model.training and all(p.requires_grad and p.grad is None for p in chat.model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_its_row_only(head):
+    chat = tiny_chat_model("llama", dtype=torch.float64)
+    broken = SimpleNamespace(**vars(head))
+    broken.bias = torch.tensor(
+        [0.0, 0.0, 0.0, -torch.inf], dtype=torch.float64
+    )  # label d has no probability at all
+    out = generate_pplm(
+        chat.model, chat.tokenizer, PROMPTS[:3], [0, 3, 1], broken, PPLMConfig(max_new_tokens=3)
+    )
+    assert out.failed == [False, True, False]
+    assert len(out.token_ids[0]) == 3 and out.token_ids[1] == [] and len(out.token_ids[2]) == 3
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (dict(layers=(3, 9)), "need 0 <= start < stop <= 4"),
+        (dict(layers="uper"), "upper"),
+        (dict(max_new_tokens=5000), "positions"),
+    ],
+)
+def test_refused_before_any_work(head, change, told):
+    chat = tiny_chat_model("llama")
+    with pytest.raises(InputError, match=told):
+        generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], [0], head, PPLMConfig(**change))
+
+
+def test_wrong_heads_and_labels_are_refused(head):
+    chat = tiny_chat_model("llama")
+    narrow = SimpleNamespace(**vars(head) | {"weight": torch.zeros(4, 32)})
+    middle = SimpleNamespace(**vars(head) | {"layer": 2})
+    for bad, labels, told in (
+        (narrow, [0], "width|shape"),
+        (middle, [0], "layer 2"),
+        (head, [4], "label 4"),
+        (head, [0, 1], "labels"),
+    ):
+        with pytest.raises(InputError, match=told):
+            generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], labels, bad)
+
+
+def test_past_a_sliding_window_is_refused(head):
+    chat = tiny_chat_model("mistral")
+    chat.model.config.sliding_window = 16
+    with pytest.raises(InputError, match="sliding window"):
+        generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], [0], head)
