@@ -6,7 +6,8 @@
 __all__ = ['POOLINGS', 'METHOD', 'pooling_weights', 'layer_index', 'many_features', 'encode_replies', 'reply_features',
            'example_prompts', 'example_features', 'FeatureConfig', 'FeatureStore', 'random_prefixes', 'corpus_features']
 
-# %% ../../nbs/attribute/10_features.ipynb #599957c4
+# %% ../../nbs/attribute/10_features.ipynb #566472d4
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ..core.models import ChatModel
 from ..core.paths import atomic_file, cache_dir, lock, sha256_text
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/attribute/10_features.ipynb #6e51fbaa
+# %% ../../nbs/attribute/10_features.ipynb #567abe9e
 POOLINGS = ("steering", "reply", "last")
 
 
@@ -45,7 +46,7 @@ def pooling_weights(
     used = (place <= lengths) & ((place > 0) | (pooling == "steering") | (lengths == 0))
     return used.float() / used.sum(1, keepdim=True)
 
-# %% ../../nbs/attribute/10_features.ipynb #0b038f5b
+# %% ../../nbs/attribute/10_features.ipynb #0b7d9617
 @dataclass(frozen=True)
 class _Row:
     "Tokens of a prompt and a reply."
@@ -98,7 +99,7 @@ def _find_hosts(
         guests[host].append(i)
     return guests
 
-# %% ../../nbs/attribute/10_features.ipynb #5570784d
+# %% ../../nbs/attribute/10_features.ipynb #44b6a8dd
 def _batches(rows: Sequence[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
     "Sort rows by length, longest first, and cut them into batches of at most `budget` tokens."
     batches, order = [], sorted(rows, key=lambda i: (-lengths[i], i))
@@ -136,16 +137,31 @@ def _states(chat: ChatModel, ids: Tensor, mask: Tensor, layers: Sequence[int], *
 
 
 def _read_hosts(chat: ChatModel, rows: list[_Row], layers: Sequence[int], budget: int):
-    "Yield (rows, their states from the last prompt token on): one pass over whole rows."
-    guests = _find_hosts(rows)
+    "Yield (row, its states from the last prompt token on): whole rows, after the start that all share."
+    guests, start = _find_hosts(rows), _common_start(rows)
+    known = DynamicCache()
+    if start:
+        ids = torch.tensor([rows[0].prompt[:start]], device=chat.device)
+        _states(chat, ids, torch.ones_like(ids), [chat.num_layers], past_key_values=known, use_cache=True)
     for batch in _batches(list(guests), {i: len(rows[i].tokens) for i in guests}, budget):
-        ids, mask = _padded([rows[i].tokens for i in batch], False, chat.device)
-        states = _states(chat, ids, mask, layers)
+        ids, mask = _padded([rows[i].tokens[start:] for i in batch], False, chat.device)
+        inputs = {}
+        if start:
+            inputs = {"past_key_values": copy.deepcopy(known), "use_cache": True}
+            inputs["past_key_values"].batch_repeat_interleave(len(batch))
+            mask = torch.cat([mask.new_ones(len(batch), start), mask], 1)
+        states = _states(chat, ids, mask, layers, **inputs)
         for place, host in enumerate(batch):
             for i in guests[host]:
-                start = len(rows[i].prompt) - 1
-                stop = len(rows[i].tokens)
-                yield i, [s[place, start:stop] for s in states]
+                span = slice(len(rows[i].prompt) - 1 - start, len(rows[i].tokens) - start)
+                yield i, [s[place, span] for s in states]
+
+
+def _common_start(rows: list[_Row]) -> int:
+    "Count the tokens that all prompts begin with, their last ones left out."
+    first, last = min(row.tokens for row in rows), max(row.tokens for row in rows)
+    same = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(same, min(len(row.prompt) for row in rows) - 1)
 
 
 def _read_shared(chat: ChatModel, rows: list[_Row], layers: Sequence[int], budget: int):
@@ -173,7 +189,7 @@ def _read_shared(chat: ChatModel, rows: list[_Row], layers: Sequence[int], budge
         for place, i in enumerate(own):
             yield i, [s[place, : 1 + len(rows[i].reply)] for s in states]
 
-# %% ../../nbs/attribute/10_features.ipynb #5f3d5bf6
+# %% ../../nbs/attribute/10_features.ipynb #1b9f5380
 def layer_index(
     chat: ChatModel,
     layer: int | None,  # 0..L, or None for the final normed state
@@ -196,7 +212,7 @@ def many_features(
     layers: Sequence[int | None] = (None,),  # S layers
     poolings: Sequence[str] = ("steering",),
     prefixes: Int[Tensor, "N K"] | None = None,  # tokens of K prefixes, pooled as the first pooling
-    batch_tokens: int = 4096,  # tokens of a batch, padding included
+    batch_tokens: int = 2048,  # tokens of a batch, padding included
     progress: str = "",  # label of a progress bar; empty: none
 ) -> Float[Tensor, "N S R E"]:  # R = poolings + K, float32, on the CPU
     "Make the features of replies in their prompts."
@@ -227,7 +243,7 @@ def _reading_weights(length: int, poolings: Sequence[str], prefixes: Tensor | No
         rows.append(pooling_weights(poolings[0], prefixes.clamp(0, length), length + 1))
     return torch.cat(rows)
 
-# %% ../../nbs/attribute/10_features.ipynb #2c8002a6
+# %% ../../nbs/attribute/10_features.ipynb #1544c393
 def encode_replies(
     chat: ChatModel,
     replies: Sequence[str],  # texts
@@ -238,14 +254,14 @@ def encode_replies(
         for text in replies
     ]
 
-# %% ../../nbs/attribute/10_features.ipynb #5b48fa1a
+# %% ../../nbs/attribute/10_features.ipynb #586ef925
 def reply_features(
     chat: ChatModel,
     prompts: Sequence[str],  # [N]; equal ones are read once
     token_ids: Sequence[Sequence[int]],  # [N] replies, with or without the stop token
     layer: int | None = None,  # 0..L; None or L: final state after the norm
     pooling: str = "steering",  # one of `POOLINGS`
-    batch_tokens: int = 4096,  # tokens of a batch, padding included
+    batch_tokens: int = 2048,  # tokens of a batch, padding included
     progress: str = "",  # label of a progress bar; empty: none
 ) -> Float[Tensor, "N E"]:  # float32, on the CPU
     "Make one feature a reply."
@@ -272,7 +288,7 @@ def example_features(
     layer: int | None = None,  # 0..L; None or L: final state after the norm
     pooling: str = "steering",  # one of `POOLINGS`
     system: str = "speaker",  # name of a system prompt
-    batch_tokens: int = 4096,  # tokens of a batch, padding included
+    batch_tokens: int = 2048,  # tokens of a batch, padding included
     progress: str = "",  # label of a progress bar; empty: none
 ) -> Float[Tensor, "N E"]:  # float32, on the CPU
     "Make one feature an example: its reply, read in its context."
@@ -280,7 +296,7 @@ def example_features(
     prompts = example_prompts(chat, examples, system)
     return reply_features(chat, prompts, token_ids, layer, pooling, batch_tokens, progress)
 
-# %% ../../nbs/attribute/10_features.ipynb #dbde6fe1
+# %% ../../nbs/attribute/10_features.ipynb #4ad4fb0c
 METHOD = 1  # raise it when the numbers change: old caches are then left aside
 
 
@@ -294,7 +310,7 @@ class FeatureConfig(Config):
     poolings: tuple[str, ...] = ("steering",)
     prefixes: int = 0  # random prefixes of each reply, pooled as the first pooling
     seed: int = 0  # of the prefixes
-    batch_tokens: int = 4096  # tokens of a batch
+    batch_tokens: int = 2048  # tokens of a batch
     shard_size: int = 1024  # examples of a file
 
     def __post_init__(self):
@@ -353,7 +369,7 @@ class FeatureStore:
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard{number:04d}.safetensors"
 
-# %% ../../nbs/attribute/10_features.ipynb #517623e9
+# %% ../../nbs/attribute/10_features.ipynb #ec6c763c
 def random_prefixes(
     examples: Sequence[Example],
     lengths: Sequence[int],  # tokens of each reply, without the stop token

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expected_embedding', 'next_token_probs', 'PPLMTrace', 'PPLMOutput', 'generate_pplm']
 
-# %% ../../nbs/perturb/20_pplm.ipynb #a0724677
+# %% ../../nbs/perturb/20_pplm.ipynb #6c1b5068
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ from llama_dialogue.core.generation import (
 from .cache import GrowingCache, attention_by, frozen, run_layers
 from .settings import PPLMConfig, check_request, position_mask
 
-# %% ../../nbs/perturb/20_pplm.ipynb #d87ffce5
+# %% ../../nbs/perturb/20_pplm.ipynb #564be718
 def expected_embedding(
     model: PreTrainedModel,
     probs: Float[Tensor, "B V"],
@@ -41,7 +41,7 @@ def expected_embedding(
     mixed = probs.to(table.weight.dtype) @ table.weight
     return (mixed * getattr(table, "embed_scale", 1.0)).to(mixed.dtype)[:, None]
 
-# %% ../../nbs/perturb/20_pplm.ipynb #5be87919
+# %% ../../nbs/perturb/20_pplm.ipynb #91b6bc2f
 def next_token_probs(
     logits: Float[Tensor, "B V"],  # of the perturbed model
     log_unperturbed: Float[Tensor, "B V"],  # log-probabilities of the unperturbed one
@@ -53,7 +53,7 @@ def next_token_probs(
     mixed = config.gm_scale * log_softmax(logits, -1) + (1 - config.gm_scale) * log_unperturbed
     return keep_top_k(mixed.softmax(-1), config.top_k)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #a6fc7efa
+# %% ../../nbs/perturb/20_pplm.ipynb #f4e79f57
 class _Steering:
     "A batch of replies that is being steered."
 
@@ -105,7 +105,7 @@ class _Steering:
         "Give the next token's logits, in float32 at least."
         return self.model.get_output_embeddings()(hidden)[:, 0].to(self.dtype)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #ef547865
+# %% ../../nbs/perturb/20_pplm.ipynb #d0e80dab
 @patch
 @torch.no_grad()
 def read(self: _Steering) -> None:
@@ -121,7 +121,7 @@ def read(self: _Steering) -> None:
     self.log_unperturbed = log_softmax(self._logits(self.hidden), -1)
     self.unperturbed.keep_token()
 
-# %% ../../nbs/perturb/20_pplm.ipynb #8c495e30
+# %% ../../nbs/perturb/20_pplm.ipynb #e767abba
 @patch
 @torch.enable_grad()
 def look_ahead(self: _Steering) -> tuple[Tensor, Tensor, Tensor]:  # [B] each
@@ -146,7 +146,7 @@ def look_ahead(self: _Steering) -> tuple[Tensor, Tensor, Tensor]:  # [B] each
         cache.start_pass()
     return loss.detach(), log_target.detach().exp(), kl.detach()
 
-# %% ../../nbs/perturb/20_pplm.ipynb #3d405273
+# %% ../../nbs/perturb/20_pplm.ipynb #c3d22694
 @patch
 @torch.no_grad()
 def move(
@@ -170,7 +170,7 @@ def move(
         norms.append(norm)
     return torch.stack(norms, -1)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #3dcd3524
+# %% ../../nbs/perturb/20_pplm.ipynb #90181b35
 @patch
 @torch.no_grad()
 def choose(
@@ -206,7 +206,7 @@ def advance(
     for name in ("tokens", "positions", "seen", "uniforms", "labels", "past_hidden"):
         setattr(self, name, getattr(self, name)[order])
 
-# %% ../../nbs/perturb/20_pplm.ipynb #bda9da4e
+# %% ../../nbs/perturb/20_pplm.ipynb #65d2836a
 @dataclass(frozen=True)
 class PPLMTrace:
     "What happened to one row, token by token (T) and iteration by iteration (I)."
@@ -229,7 +229,7 @@ class PPLMOutput:
     traces: list[PPLMTrace] | None = None  # by row
     deltas: list[list[Float[Tensor, "L 2 K T D"]]] | None = None  # by row and token: keys, values
 
-# %% ../../nbs/perturb/20_pplm.ipynb #0dfb15a8
+# %% ../../nbs/perturb/20_pplm.ipynb #646ee1f0
 def generate_pplm(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reference_pplm']
 
-# %% ../../nbs/perturb/30_reference.ipynb #cf1f16ef
+# %% ../../nbs/perturb/30_reference.ipynb #c5f6a2e8
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,12 +13,14 @@ from torch.nn.functional import linear, log_softmax
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..attribute.head import AttributeHead
 from ..core.generation import row_uniforms, sample_rows, stop_token_ids
 from .cache import attention_by, frozen
 from .layers import select_layers
-from .pplm import PPLMConfig, PPLMOutput
+from .pplm import PPLMOutput
+from .settings import PPLMConfig
 
-# %% ../../nbs/perturb/30_reference.ipynb #ee8422af
+# %% ../../nbs/perturb/30_reference.ipynb #1a25f42f
 def _wide_attention(module, query, key, value, attention_mask, **kwargs):
     "Attend in the precision of the keys, which may be wider than the model's."
     output, weights = sdpa_attention_forward(
@@ -49,83 +51,10 @@ def _forward(model, pairs, **inputs) -> tuple[Tensor, Tensor, list]:
     out = model(**inputs, past_key_values=cache, use_cache=True, output_hidden_states=True)
     return out.logits[0, -1], out.hidden_states[-1][0, -1], _pairs_of(cache)
 
-# %% ../../nbs/perturb/30_reference.ipynb #33d1db0d
-def reference_pplm(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    label: int,
-    head,  # weight [C, E], bias [C]
-    config: PPLMConfig,
-    seed: int = 0,
-    return_deltas: bool = False,
-) -> PPLMOutput:  # of one row
-    "Generate one steered reply, written as the definition reads."
-    wide = torch.promote_types(model.dtype, torch.float32)
-    layers = select_layers(config.layers, model.config.num_hidden_layers)
-    uniforms = row_uniforms([seed], config.max_new_tokens).to(model.device)
-    stops = stop_token_ids(model, tokenizer)
-    table = model.get_input_embeddings()
-    weight, bias = (t.detach().to(model.device, wide) for t in (head.weight, head.bias))
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    prompt_length, losses, deltas = len(ids), [], []
-    with frozen(model), attention_by(model, "wide"):
-        unperturbed = []
-        if prompt_length > 1:
-            with torch.no_grad(), attention_by(model, "sdpa"):
-                unperturbed = _forward(model, [], input_ids=torch.tensor([ids[:-1]], device=model.device))[2]
-        perturbed = [
-            (k.to(wide), v.to(wide)) if i in layers else (k, v) for i, (k, v) in enumerate(unperturbed)
-        ]
-        past_hidden = []
-        for step in range(config.max_new_tokens):
-            last = torch.tensor([ids[-1:]], device=model.device)
-            with torch.no_grad():
-                logits, hidden_u, unperturbed = _forward(model, unperturbed, input_ids=last)
-            log_u = log_softmax(logits.to(wide), -1)
-            delta = [torch.zeros_like(torch.stack(perturbed[i])) for i in layers] if perturbed else []
-            token_losses = []
-            for _ in range(config.num_iterations):
-                delta = [d.detach().requires_grad_() for d in delta]
-                logits, hidden, _ = _forward(model, _moved(perturbed, layers, delta), input_ids=last)
-                log_p = log_softmax(logits.to(wide), -1)
-                kl = (log_p.exp() * (log_p - log_u)).sum()
-                ahead, probs, cache = [], log_p.exp(), unperturbed
-                for _ in range(config.horizon_length):
-                    expected = (
-                        probs.to(table.weight.dtype) @ table.weight * getattr(table, "embed_scale", 1.0)
-                    )
-                    logits, hidden_next, cache = _forward(model, cache, inputs_embeds=expected[None, None])
-                    ahead.append(hidden_next.to(wide))
-                    probs = logits.to(wide).softmax(-1)
-                features = [*past_hidden, hidden.detach().to(wide), *ahead]
-                feature = torch.stack(features).mean(0)
-                loss = config.kl_scale * kl - log_softmax(linear(feature, weight, bias), -1)[label]
-                token_losses.append(loss.item())
-                if delta:
-                    gradients = torch.autograd.grad(loss, delta)
-                    delta = [d - _step(g, config) for d, g in zip(delta, gradients, strict=True)]
-            delta = [d.detach() for d in delta]
-            past_hidden.append(hidden_u.to(wide))
-            with torch.no_grad():
-                logits, _, perturbed = _forward(model, _moved(perturbed, layers, delta), input_ids=last)
-                if step == 0 and prompt_length == 1:
-                    perturbed = [
-                        (k.to(wide), v.to(wide)) if i in layers else (k, v)
-                        for i, (k, v) in enumerate(perturbed)
-                    ]
-                probs = _fused(logits.to(wide), log_u.exp(), ids, config)
-            losses.append(token_losses)
-            deltas.append(torch.stack([d[:, 0] for d in delta]) if delta else None)
-            best = probs.argmax() if not config.sample else sample_rows(probs[None], uniforms[:, step])[0]
-            ids.append(int(best))
-            if ids[-1] in stops:
-                break
-    made = ids[prompt_length:]
-    reply = tokenizer.decode(made, skip_special_tokens=True).strip()
-    return PPLMOutput(
-        [reply], [made], [made[-1] in stops], [False], [losses], None, [deltas] if return_deltas else None
-    )
+# %% ../../nbs/perturb/30_reference.ipynb #6ee4ebee
+def _widened(pairs: list, layers: range, dtype: torch.dtype) -> list:
+    "Turn the keys and values of some layers into a wider type."
+    return [(k.to(dtype), v.to(dtype)) if i in layers else (k, v) for i, (k, v) in enumerate(pairs)]
 
 
 def _moved(pairs: list, layers: range, delta: list[Float[Tensor, "2 1 K T D"]]) -> list:
@@ -159,3 +88,75 @@ def _fused(logits: Float[Tensor, "V"], unperturbed: Float[Tensor, "V"], ids: lis
     if 0 < config.top_k < len(probs):
         probs[probs < probs.topk(config.top_k).values[-1]] = 0
     return probs / probs.sum()
+
+# %% ../../nbs/perturb/30_reference.ipynb #993e4615
+def reference_pplm(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,  # complete, special tokens included
+    label: int,  # class id
+    head: AttributeHead,
+    config: PPLMConfig,
+    seed: int = 0,
+    return_deltas: bool = False,  # keep every perturbation
+) -> PPLMOutput:  # of one row; None stands for the perturbation of an empty cache
+    "Generate one steered reply, written as the definition reads."
+    wide = torch.promote_types(model.dtype, torch.float32)
+    layers = select_layers(config.layers, model.config.num_hidden_layers)
+    uniforms = row_uniforms([seed], config.max_new_tokens).to(model.device)
+    stops = stop_token_ids(model, tokenizer)
+    table = model.get_input_embeddings()
+    weight, bias = (t.detach().to(model.device, wide) for t in (head.weight, head.bias))
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    prompt_length, losses, deltas = len(ids), [], []
+    with frozen(model), attention_by(model, "wide"):
+        unperturbed = []  # the prompt without its last token
+        if prompt_length > 1:
+            with torch.no_grad(), attention_by(model, "sdpa"):
+                unperturbed = _forward(model, [], input_ids=torch.tensor([ids[:-1]], device=model.device))[2]
+        perturbed = _widened(unperturbed, layers, wide)
+        past_hidden = []
+        for step in range(config.max_new_tokens):
+            last = torch.tensor([ids[-1:]], device=model.device)
+            with torch.no_grad():
+                logits, hidden_u, unperturbed = _forward(model, unperturbed, input_ids=last)
+            log_u = log_softmax(logits.to(wide), -1)
+            delta = [torch.zeros_like(torch.stack(perturbed[i])) for i in layers] if perturbed else []
+            token_losses = []
+            for _ in range(config.num_iterations):
+                delta = [d.detach().requires_grad_() for d in delta]
+                logits, hidden, _ = _forward(model, _moved(perturbed, layers, delta), input_ids=last)
+                log_p = log_softmax(logits.to(wide), -1)
+                kl = (log_p.exp() * (log_p - log_u)).sum()
+                ahead, probs, cache = [], log_p.exp(), unperturbed
+                for _ in range(config.horizon_length):
+                    expected = (
+                        probs.to(table.weight.dtype) @ table.weight * getattr(table, "embed_scale", 1.0)
+                    )
+                    logits, hidden_next, cache = _forward(model, cache, inputs_embeds=expected[None, None])
+                    ahead.append(hidden_next.to(wide))
+                    probs = logits.to(wide).softmax(-1)
+                features = [*past_hidden, hidden.detach().to(wide), *ahead]
+                feature = torch.stack(features).mean(0)
+                loss = config.kl_scale * kl - log_softmax(linear(feature, weight, bias), -1)[label]
+                token_losses.append(loss.item())
+                if delta:
+                    gradients = torch.autograd.grad(loss, delta)
+                    delta = [d - _step(g, config) for d, g in zip(delta, gradients, strict=True)]
+            delta = [d.detach() for d in delta]
+            past_hidden.append(hidden_u.to(wide))
+            with torch.no_grad():
+                logits, _, perturbed = _forward(model, _moved(perturbed, layers, delta), input_ids=last)
+                perturbed = _widened(perturbed, layers, wide)
+                probs = _fused(logits.to(wide), log_u.exp(), ids, config)
+            losses.append(token_losses)
+            deltas.append(torch.stack([d[:, 0] for d in delta]) if delta else None)
+            best = probs.argmax() if not config.sample else sample_rows(probs[None], uniforms[:, step])[0]
+            ids.append(int(best))
+            if ids[-1] in stops:
+                break
+    made = ids[prompt_length:]
+    reply = tokenizer.decode(made, skip_special_tokens=True).strip()
+    return PPLMOutput(
+        [reply], [made], [made[-1] in stops], [False], [losses], None, [deltas] if return_deltas else None
+    )

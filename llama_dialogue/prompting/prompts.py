@@ -5,19 +5,16 @@
 # %% auto #0
 __all__ = ['SYSTEM_PROMPTS', 'ACT_INSTRUCTIONS', 'TEMPLATES', 'make_messages', 'build_prompt', 'injected_system']
 
-# %% ../../nbs/prompting/10_prompts.ipynb #d348c432
+# %% ../../nbs/prompting/10_prompts.ipynb #f7cf99d5
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from ..core.dialogues import ACTS, Turn
 from ..core.errors import InputError, check_choice
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# %% ../../nbs/prompting/10_prompts.ipynb #d6c3b47f
+# %% ../../nbs/prompting/10_prompts.ipynb #a1f2a005
 SYSTEM_PROMPTS = {
     "none": "",
     "assistant": "You are a helpful assistant.",
@@ -44,7 +41,7 @@ SYSTEM_PROMPTS = {
     ),
 }
 
-# %% ../../nbs/prompting/10_prompts.ipynb #34d54c45
+# %% ../../nbs/prompting/10_prompts.ipynb #41b9e4ce
 ACT_INSTRUCTIONS = {
     "inform": "In your next turn, tell something: state a fact, an opinion or a feeling. Do not ask anything.",
     "question": "In your next turn, ask a question: seek to learn something that you do not know.",
@@ -52,7 +49,7 @@ ACT_INSTRUCTIONS = {
     "commissive": "In your next turn, commit yourself: promise or offer to do something, or accept or refuse what was asked.",
 }
 
-# %% ../../nbs/prompting/10_prompts.ipynb #d00fc14b
+# %% ../../nbs/prompting/10_prompts.ipynb #f90bd579
 def make_messages(
     context: Sequence[Turn | str],  # at least one turn, the last one is answered
     system: str = "speaker",  # a name in `SYSTEM_PROMPTS`
@@ -68,7 +65,7 @@ def make_messages(
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     return [{"role": "system", "content": head}, *turns] if head else turns
 
-# %% ../../nbs/prompting/10_prompts.ipynb #d9d2a20a
+# %% ../../nbs/prompting/10_prompts.ipynb #9e10936e
 _ALTERNATE = (
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -110,12 +107,12 @@ TEMPLATES = {
     ),
 }
 
-# %% ../../nbs/prompting/10_prompts.ipynb #f902e830
+# %% ../../nbs/prompting/10_prompts.ipynb #ee65aff9
 _TEXT_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<end_of_turn>")
 _DATE = "26 Jul 2024"  # Llama-3.1 and later print today's date unless told one; prompts must not age
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, date_string=_DATE
     )
@@ -128,7 +125,7 @@ def _fold(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return turns
 
 
-def _check_turns(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> None:
+def _check_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> None:
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     marks = special + [mark for mark in _TEXT_MARKS if mark in tokenizer.chat_template]
     for message in messages:
@@ -138,9 +135,9 @@ def _check_turns(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, 
                 f"turn {start!r} contains {seen[0]!r}: need plain words, without marks of the template"
             )
 
-# %% ../../nbs/prompting/10_prompts.ipynb #d2514a72
+# %% ../../nbs/prompting/10_prompts.ipynb #0fa1289d
 def build_prompt(
-    tokenizer: "PreTrainedTokenizerBase",  # of a chat model
+    tokenizer: PreTrainedTokenizerBase,  # of a chat model
     context: Sequence[Turn | str],  # the last turn is answered; an odd number suits every template
     system: str = "speaker",  # a name in `SYSTEM_PROMPTS`
     act: str | None = None,  # also instruct the model to perform this act
@@ -165,9 +162,9 @@ def build_prompt(
     advice = "an odd number of turns, e.g. without the first" if len(context) % 2 == 0 else "another model"
     raise InputError(f"context of {len(context)} turns: this chat template refuses ({reason}): need {advice}")
 
-# %% ../../nbs/prompting/10_prompts.ipynb #6348209b
+# %% ../../nbs/prompting/10_prompts.ipynb #f5b1beda
 def injected_system(
-    tokenizer: "PreTrainedTokenizerBase",  # of a chat model
+    tokenizer: PreTrainedTokenizerBase,  # of a chat model
 ) -> str | None:  # what its template says when it gets no system prompt, None if it says nothing
     "Find the system prompt that a chat template adds by itself."
     user, mark = {"role": "user", "content": "Hello."}, "@system@"
