@@ -1,11 +1,13 @@
 """Batched PPLM equals the plain reference: the same tokens, perturbations within 1e-9, in float64 on tiny models."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llama_dialogue.core.errors import InputError
+from llama_dialogue.core.generation import GenerationConfig, generate
 from llama_dialogue.core.models import tiny_chat_model
 from llama_dialogue.perturb.pplm import PPLMConfig, generate_pplm
 from llama_dialogue.perturb.reference import reference_pplm
@@ -32,6 +34,8 @@ CASES = {
     "decay": dict(layers="middle", window_length=4, decay=True),
     "penalty": dict(layers="upper", repetition_penalty=1.3, sample=False),
     "fusion": dict(layers="all", gm_scale=0.5, kl_scale=0.5, top_k=0, temperature=0.7),
+    "long window": dict(layers="upper", window_length=500, decay=True),
+    "first layer": dict(layers=(0, 1), horizon_length=2, num_iterations=4),
     "gamma": dict(layers="all", gamma=0.5, step_size=0.1),
 }
 
@@ -75,9 +79,9 @@ def test_equals_reference(chat, head, case):
     assert_equal_to_reference(chat, head, PROMPTS[start : start + rows], config)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("rows", range(1, 8))
 def test_batch_sizes(head, rows):
-    chat = tiny_chat_model("llama", dtype=torch.float64)
+    chat = tiny_chat_model(FAMILIES[rows % 4], dtype=torch.float64)
     assert_equal_to_reference(
         chat, head, PROMPTS[:rows], PPLMConfig(layers="upper", step_size=0.5, max_new_tokens=2)
     )
@@ -93,10 +97,11 @@ def test_rows_that_end_early_leave(head):
     assert any(out.stopped) and len(lengths) > 1
 
 
-def test_prompt_of_one_token(head):
+@pytest.mark.parametrize("prompts", [["A", "Come in, it's open."], ["A", "B"]])
+def test_prompt_of_one_token(head, prompts):
     chat = tiny_chat_model("gemma", dtype=torch.float64)
     config = PPLMConfig(layers="all", step_size=0.3, max_new_tokens=3)
-    labels, prompts = [1, 2], ["A", "Come in, it's open."]
+    labels = [1, 2]
     out = generate_pplm(chat.model, chat.tokenizer, prompts, labels, head, config, seeds=[0, 1])
     for row in range(2):
         plain = reference_pplm(chat.model, chat.tokenizer, prompts[row], labels[row], head, config, row)
@@ -108,22 +113,82 @@ def test_same_prompt_for_every_target(head):
     assert_equal_to_reference(chat, head, [PROMPTS[1]] * 4, PPLMConfig(step_size=0.5, max_new_tokens=2))
 
 
+def test_float32_gives_the_tokens_of_the_reference(head):
+    chat = tiny_chat_model("llama")
+    config = PPLMConfig(layers="upper", step_size=0.3, max_new_tokens=4)
+    out = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:5], [0, 1, 2, 3, 0], head, config)
+    for row, prompt in enumerate(PROMPTS[:5]):
+        plain = reference_pplm(chat.model, chat.tokenizer, prompt, row % 4, head, config, row)
+        assert out.token_ids[row] == plain.token_ids[0]
+
+
+def test_perturbations_are_float32_under_a_bfloat16_model(head):
+    chat = tiny_chat_model("llama", dtype=torch.bfloat16)
+    config = PPLMConfig(layers=(1, 3), step_size=0.01, max_new_tokens=2)
+    out = generate_pplm(
+        chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, config, return_deltas=True, trace=True
+    )
+    delta = out.deltas[0][0]
+    assert delta.dtype == torch.float32 and delta.count_nonzero() > 0.9 * delta.numel()
+    assert out.traces[0].gradient_norm.shape == (2, 3, 2)
+    assert (delta.flatten(1).norm(dim=1) <= 3 * 0.01 * 1.001).all()
+    assert out.losses[1] == out.traces[1].loss.tolist()
+
+
+def test_a_row_does_not_depend_on_its_neighbours(head):
+    chat = tiny_chat_model("gemma", dtype=torch.float64)
+    config = PPLMConfig(layers="upper", step_size=0.3, max_new_tokens=3)
+
+    def run(rows):
+        prompts, labels = [PROMPTS[i] for i in rows], [i % 4 for i in rows]
+        out = generate_pplm(
+            chat.model, chat.tokenizer, prompts, labels, head, config, seeds=[7 + i for i in rows]
+        )
+        return dict(zip(rows, out.token_ids, strict=True))
+
+    together = run([0, 1, 2, 3, 4])
+    assert run([4, 2, 0]) == {i: together[i] for i in (4, 2, 0)}
+
+
+def test_a_step_of_zero_is_plain_generation(head):
+    chat = tiny_chat_model("qwen2", dtype=torch.float64)
+    still = PPLMConfig(step_size=0.0, gm_scale=1.0, max_new_tokens=6, repetition_penalty=1.2)
+    out = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:4], [0] * 4, head, still, seed=3)
+    plain = GenerationConfig(max_new_tokens=6, repetition_penalty=1.2)
+    assert out.token_ids == generate(chat.model, chat.tokenizer, PROMPTS[:4], plain, seed=3).token_ids
+
+
+def test_nothing_stays_in_memory(head):
+    chat = tiny_chat_model("llama")
+
+    def tensors():
+        gc.collect()
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    config = PPLMConfig(horizon_length=2, max_new_tokens=2)
+    generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, config)
+    before = tensors()
+    generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, config)
+    assert tensors() == before
+
+
 def test_model_is_given_back_as_it_was(head):
     chat = tiny_chat_model("llama")
     chat.model.requires_grad_(True).train()
+    chat.model.lm_head.requires_grad_(False)
+    asked = [p.requires_grad for p in chat.model.parameters()]
     ids = torch.tensor([[40, 41, 42]])
     before = chat.model(ids).logits
     generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, PPLMConfig(max_new_tokens=2))
     assert torch.equal(before, chat.model(ids).logits)
-    assert chat.model.training and all(p.requires_grad and p.grad is None for p in chat.model.parameters())
+    assert chat.model.training and [p.requires_grad for p in chat.model.parameters()] == asked
+    assert all(p.grad is None for p in chat.model.parameters())
 
 
 def test_a_gradient_that_is_not_finite_stops_its_row_only(head):
     chat = tiny_chat_model("llama", dtype=torch.float64)
     broken = SimpleNamespace(**vars(head))
-    broken.bias = torch.tensor(
-        [0.0, 0.0, 0.0, -torch.inf], dtype=torch.float64
-    )  # label d has no probability at all
+    broken.bias = torch.tensor([0.0, 0.0, 0.0, -torch.inf])  # class d has no probability at all
     out = generate_pplm(
         chat.model, chat.tokenizer, PROMPTS[:3], [0, 3, 1], broken, PPLMConfig(max_new_tokens=3)
     )
@@ -136,7 +201,7 @@ def test_a_gradient_that_is_not_finite_stops_its_row_only(head):
     [
         (dict(layers=(3, 9)), "need 0 <= start < stop <= 4"),
         (dict(layers="uper"), "upper"),
-        (dict(max_new_tokens=5000), "positions"),
+        (dict(max_new_tokens=5000), "context window"),
     ],
 )
 def test_refused_before_any_work(head, change, told):
@@ -153,6 +218,7 @@ def test_wrong_heads_and_labels_are_refused(head):
         (narrow, [0], "width|shape"),
         (middle, [0], "layer 2"),
         (head, [4], "label 4"),
+        (head, ["d"], "label 'd'"),
         (head, [0, 1], "labels"),
     ):
         with pytest.raises(InputError, match=told):

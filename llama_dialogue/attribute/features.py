@@ -6,7 +6,7 @@
 __all__ = ['POOLINGS', 'METHOD', 'pooling_weights', 'layer_index', 'many_features', 'encode_replies', 'reply_features',
            'example_prompts', 'example_features', 'FeatureConfig', 'FeatureStore', 'random_prefixes', 'corpus_features']
 
-# %% ../../nbs/attribute/10_features.ipynb #566472d4
+# %% ../../nbs/attribute/10_features.ipynb #8594924b
 import copy
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from ..core.models import ChatModel
 from ..core.paths import atomic_file, cache_dir, lock, sha256_text
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/attribute/10_features.ipynb #567abe9e
+# %% ../../nbs/attribute/10_features.ipynb #c92ae2a3
 POOLINGS = ("steering", "reply", "last")
 
 
@@ -46,7 +46,7 @@ def pooling_weights(
     used = (place <= lengths) & ((place > 0) | (pooling == "steering") | (lengths == 0))
     return used.float() / used.sum(1, keepdim=True)
 
-# %% ../../nbs/attribute/10_features.ipynb #0b7d9617
+# %% ../../nbs/attribute/10_features.ipynb #b0f6a9f5
 @dataclass(frozen=True)
 class _Row:
     "Tokens of a prompt and a reply."
@@ -99,7 +99,7 @@ def _find_hosts(
         guests[host].append(i)
     return guests
 
-# %% ../../nbs/attribute/10_features.ipynb #44b6a8dd
+# %% ../../nbs/attribute/10_features.ipynb #14e42830
 def _batches(rows: Sequence[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
     "Sort rows by length, longest first, and cut them into batches of at most `budget` tokens."
     batches, order = [], sorted(rows, key=lambda i: (-lengths[i], i))
@@ -189,7 +189,7 @@ def _read_shared(chat: ChatModel, rows: list[_Row], layers: Sequence[int], budge
         for place, i in enumerate(own):
             yield i, [s[place, : 1 + len(rows[i].reply)] for s in states]
 
-# %% ../../nbs/attribute/10_features.ipynb #1b9f5380
+# %% ../../nbs/attribute/10_features.ipynb #ca2ab57b
 def layer_index(
     chat: ChatModel,
     layer: int | None,  # 0..L, or None for the final normed state
@@ -243,7 +243,7 @@ def _reading_weights(length: int, poolings: Sequence[str], prefixes: Tensor | No
         rows.append(pooling_weights(poolings[0], prefixes.clamp(0, length), length + 1))
     return torch.cat(rows)
 
-# %% ../../nbs/attribute/10_features.ipynb #1544c393
+# %% ../../nbs/attribute/10_features.ipynb #38a25653
 def encode_replies(
     chat: ChatModel,
     replies: Sequence[str],  # texts
@@ -254,7 +254,7 @@ def encode_replies(
         for text in replies
     ]
 
-# %% ../../nbs/attribute/10_features.ipynb #586ef925
+# %% ../../nbs/attribute/10_features.ipynb #4bffe8e5
 def reply_features(
     chat: ChatModel,
     prompts: Sequence[str],  # [N]; equal ones are read once
@@ -296,7 +296,7 @@ def example_features(
     prompts = example_prompts(chat, examples, system)
     return reply_features(chat, prompts, token_ids, layer, pooling, batch_tokens, progress)
 
-# %% ../../nbs/attribute/10_features.ipynb #4ad4fb0c
+# %% ../../nbs/attribute/10_features.ipynb #877e9131
 METHOD = 1  # raise it when the numbers change: old caches are then left aside
 
 
@@ -369,7 +369,7 @@ class FeatureStore:
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard{number:04d}.safetensors"
 
-# %% ../../nbs/attribute/10_features.ipynb #ec6c763c
+# %% ../../nbs/attribute/10_features.ipynb #7405d29f
 def random_prefixes(
     examples: Sequence[Example],
     lengths: Sequence[int],  # tokens of each reply, without the stop token

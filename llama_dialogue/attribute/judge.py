@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'target_classes', 'target_labels', 'turn_examples', 'JudgeConfig', 'JudgeNetwork', 'Judge', 'train_judge',
            'check_labels_present']
 
-# %% ../../nbs/attribute/30_judge.ipynb #61e90442
+# %% ../../nbs/attribute/30_judge.ipynb #07968021
 import contextlib
 import json
 import logging
@@ -36,7 +36,7 @@ from ..core.errors import InputError, check_choice
 from ..core.models import choose_device, choose_dtype, load_encoder
 from ..core.paths import atomic_folder, check_writable
 
-# %% ../../nbs/attribute/30_judge.ipynb #1f3cd07b
+# %% ../../nbs/attribute/30_judge.ipynb #14b6035b
 TARGETS = {"act": ACTS, "emotion": EMOTIONS}
 
 
@@ -68,7 +68,7 @@ def turn_examples(
     openings = [Example(dialogue.id, (), dialogue.turns[0]) for dialogue in dialogues]
     return openings + make_examples(dialogues, all_turns=True)
 
-# %% ../../nbs/attribute/30_judge.ipynb #8f42ecb7
+# %% ../../nbs/attribute/30_judge.ipynb #a08a622f
 @dataclass(frozen=True)
 class JudgeConfig(Config):
     "How a judge is trained."
@@ -117,7 +117,7 @@ class JudgeConfig(Config):
                 f"learning_rate={self.learning_rate}, r_drop={self.r_drop}: need > 0 and >= 0, e.g. 1e-4"
             )
 
-# %% ../../nbs/attribute/30_judge.ipynb #9da836c5
+# %% ../../nbs/attribute/30_judge.ipynb #ad2e1a1e
 def _encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: JudgeConfig
 ) -> list[dict]:
@@ -152,7 +152,7 @@ def _collate(rows: list[dict], pad: int) -> dict[str, Tensor]:
             batch[name] = torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
     return batch
 
-# %% ../../nbs/attribute/30_judge.ipynb #81702e37
+# %% ../../nbs/attribute/30_judge.ipynb #0064944d
 class JudgeNetwork(nn.Module):
     "An encoder, a mean over tokens, and a linear layer."
 
@@ -195,7 +195,7 @@ class JudgeNetwork(nn.Module):
             logits + self.log_prior, labels, weight=self.class_weight, label_smoothing=self.smoothing
         )
 
-# %% ../../nbs/attribute/30_judge.ipynb #486712da
+# %% ../../nbs/attribute/30_judge.ipynb #92ca6e96
 class Judge:
     "A classifier of utterances in their context."
 
@@ -247,7 +247,7 @@ class Judge:
                 bar.update(len(batch))
         return out
 
-# %% ../../nbs/attribute/30_judge.ipynb #26dbd69d
+# %% ../../nbs/attribute/30_judge.ipynb #b5e368d7
 @patch
 def save_pretrained(
     self: Judge,
@@ -304,7 +304,7 @@ def _bare(encoder: PreTrainedModel) -> PreTrainedModel:
         encoder.pooler = None
     return encoder
 
-# %% ../../nbs/attribute/30_judge.ipynb #0ad86442
+# %% ../../nbs/attribute/30_judge.ipynb #aa8de660
 def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     "Score validation logits: mean recall and macro-F1 over the classes that occur."
     guess, recalls, f1s = logits.argmax(1), [], []
@@ -313,6 +313,16 @@ def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         recalls.append(hit / (labels == c).sum())
         f1s.append(2 * hit / ((guess == c).sum() + (labels == c).sum()))
     return {"balanced_accuracy": float(np.mean(recalls)), "macro_f1": float(np.mean(f1s))}
+
+
+def _with_prior(
+    logits: np.ndarray, labels: np.ndarray, prior: np.ndarray, config: JudgeConfig
+) -> tuple[float, dict]:
+    "Find the share of the log-prior that decides best, and its scores; none where classes count alike."
+    shares = [k / 20 for k in range(31)] if config.decide == "macro_f1" else [0.0]
+    found = {share: _scores(logits + share * np.log(prior / prior.max()), labels) for share in shares}
+    best = max(found, key=lambda share: (round(found[share]["macro_f1"], 6), -share))
+    return best, found[best]
 
 
 def _callbacks(network: JudgeNetwork, config: JudgeConfig, progress: str) -> list:
@@ -381,8 +391,15 @@ def _quiet_trainer() -> Iterator[None]:
 
 
 def _fit(
-    network: JudgeNetwork, rows: list, held: list, pad: int, config: JudgeConfig, folder: Path, progress: str
-):
+    network: JudgeNetwork,
+    rows: list[dict],
+    held: list[dict],
+    pad: int,
+    prior: Tensor,  # shares of the classes
+    config: JudgeConfig,
+    folder: Path,  # for checkpoints
+    progress: str,
+) -> None:
     "Run the Trainer; the network ends with the weights of its best epoch."
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
@@ -422,14 +439,14 @@ def _fit(
         train_dataset=rows,
         eval_dataset=held,
         data_collator=lambda batch: _collate(batch, pad),
-        compute_metrics=lambda p: _scores(p.predictions, p.label_ids),
+        compute_metrics=lambda p: _with_prior(p.predictions, p.label_ids, prior.numpy(), config)[1],
         callbacks=_callbacks(network, config, progress),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     network.cpu().eval()
 
-# %% ../../nbs/attribute/30_judge.ipynb #e7e721b3
+# %% ../../nbs/attribute/30_judge.ipynb #6049406d
 def train_judge(
     train: Sequence[Example],
     validation: Sequence[Example],  # from other dialogues: chooses epoch, temperature and offset
@@ -466,7 +483,7 @@ def train_judge(
             for part, y in ((train, labels), (validation, held_labels))
         )
         with _work_folder(checkpoints) as folder:
-            _fit(network, rows, held, tokenizer.pad_token_id, config, folder, progress)
+            _fit(network, rows, held, tokenizer.pad_token_id, counts / counts.sum(), config, folder, progress)
     judge = Judge(network, tokenizer, config)
     _calibrate(judge, validation, held_labels, counts / counts.sum())
     judge.report |= {
@@ -522,15 +539,9 @@ def _calibrate(judge: Judge, validation: Sequence[Example], labels: Tensor, prio
     "Set temperature and offset by the validation examples."
     logits = judge.logits(validation)
     judge.temperature = round(find_temperature(logits, labels), 4)
-    if judge.config.decide == "macro_f1":
-        natural = prior.log() - prior.log().max()
-        options = {
-            share: _scores((logits / judge.temperature + share * natural).numpy(), labels.numpy())["macro_f1"]
-            for share in (k / 20 for k in range(31))
-        }
-        share = max(options, key=lambda s: (round(options[s], 6), -s))
-        judge.offset = share * natural
-        judge.report["prior_share"] = share
+    share, _ = _with_prior((logits / judge.temperature).numpy(), labels.numpy(), prior.numpy(), judge.config)
+    judge.offset = share * (prior / prior.max()).log()
+    judge.report["prior_share"] = share
     log_probs = (logits / judge.temperature + judge.offset).log_softmax(-1)
     scores = _scores(log_probs.numpy(), labels.numpy())
     judge.report |= {"temperature": judge.temperature} | {
