@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'demo_examples', 'score_rows', 'run_demo', 'replace_reply', 'demo_table', 'plot_demo', 'side_by_side']
 
-# %% ../../nbs/app/10_demo.ipynb #86b4622e
+# %% ../../nbs/app/10_demo.ipynb #22444718
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..perturb.methods import METHODS, SteeringConfig, steer
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/app/10_demo.ipynb #acfda84e
+# %% ../../nbs/app/10_demo.ipynb #5e284d3a
 @dataclass(frozen=True)
 class DemoConfig(SteeringConfig):
     "What the demo runs."
@@ -56,7 +56,7 @@ class DemoConfig(SteeringConfig):
                     f"{what}s={list(chosen)}: need one or more, each once, e.g. {what}s=[{known[0] if what == 'act' else 'none'}]"
                 )
 
-# %% ../../nbs/app/10_demo.ipynb #cd94a090
+# %% ../../nbs/app/10_demo.ipynb #db07c019
 def demo_examples(
     corpus: Corpus,
     n: int,  # contexts
@@ -67,7 +67,7 @@ def demo_examples(
     free = replace(corpus, dialogues=tuple(select_part(corpus, "steer")))
     return one_context_each(free, n, max_context, seed)
 
-# %% ../../nbs/app/10_demo.ipynb #62b6dafe
+# %% ../../nbs/app/10_demo.ipynb #a46c1fa4
 def score_rows(
     rows: pd.DataFrame,  # of one method: dialogue_id, act, log-probabilities, nll, tokens, reply
 ) -> dict[str, Interval]:
@@ -80,7 +80,7 @@ def score_rows(
         "tokens": ratio_interval(rows.tokens, np.ones(len(rows)), clusters),
     }
 
-# %% ../../nbs/app/10_demo.ipynb #e5db3e60
+# %% ../../nbs/app/10_demo.ipynb #356edfe1
 def run_demo(
     config: DemoConfig,
     out: Path | str | None = "runs",  # record and rows go to out/demo/; None: nothing is written
@@ -155,7 +155,7 @@ def replace_reply(
     "Put a generated reply in the place of the corpus' own."
     return replace(example, reply=Turn(reply.strip() or "..."))
 
-# %% ../../nbs/app/10_demo.ipynb #dcc31b64
+# %% ../../nbs/app/10_demo.ipynb #d5dadf29
 def demo_table(
     record: RunRecord,
 ) -> pd.DataFrame:  # one row a method, intervals as text
@@ -192,16 +192,15 @@ def plot_demo(
     ax.axhline(human, color="0.4", linestyle=":", label="human replies")
     ax.axhline(1 / len(ACTS), color="0.7", linestyle="--", label="chance")
     ax.set(
-        xlabel="perplexity of the reply, unsteered model (log scale)",
-        ylabel="replies judged as the wanted act",
+        xlabel="perplexity of the reply under the unsteered model", ylabel="replies judged as the wanted act"
     )
-    ax.set(xscale="log", ylim=(0, 1))
+    ax.set(ylim=(0, 1))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     n, acts = record.config["n"], len(record.config["acts"])
     ax.set_title(f"{record.data['name']}: {n} contexts x {acts} acts, 95% intervals", fontsize="medium")
     return fig
 
-# %% ../../nbs/app/10_demo.ipynb #0cf05dbb
+# %% ../../nbs/app/10_demo.ipynb #98129878
 def side_by_side(
     rows: pd.DataFrame,  # of run_demo
     dialogue_id: str,

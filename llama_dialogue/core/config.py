@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Config']
 
-# %% ../../nbs/core/30_config.ipynb #c1e37adc
+# %% ../../nbs/core/30_config.ipynb #501c7399
 import dataclasses
 import types
 import typing
@@ -16,7 +16,7 @@ import yaml
 from .errors import InputError, nearest
 from .paths import atomic_file
 
-# %% ../../nbs/core/30_config.ipynb #7cba16e6
+# %% ../../nbs/core/30_config.ipynb #a6c7d6ad
 def _as_type(value, declared, where: str):
     "Convert a YAML value to the declared type of its field."
     options = (
@@ -58,7 +58,7 @@ def _example(kind) -> str:
     "Give a value of a type, for an error message."
     return {int: "3", float: "0.5", bool: "true", str: "all"}.get(kind, "[0, 10]")
 
-# %% ../../nbs/core/30_config.ipynb #e60f7a43
+# %% ../../nbs/core/30_config.ipynb #0d0ae3ea
 class Config:
     "Base of the frozen dataclasses that describe one job."
 

@@ -7,7 +7,7 @@ __all__ = ['row_uniforms', 'sample_rows', 'derive_seed', 'encode_prompts', 'stop
            'apply_repetition_penalty', 'keep_top_k', 'Generations', 'generate', 'as_generations', 'row_seeds', 'stream',
            'best_of_n']
 
-# %% ../../nbs/core/60_generation.ipynb #84d132e1
+# %% ../../nbs/core/60_generation.ipynb #bb989411
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from .config import Config
 from .errors import InputError
 
-# %% ../../nbs/core/60_generation.ipynb #9a9f188d
+# %% ../../nbs/core/60_generation.ipynb #8cfab7d5
 def row_uniforms(
     seeds: list[int],  # one seed a row
     steps: int,  # T
@@ -44,14 +44,14 @@ def sample_rows(
     point = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
-# %% ../../nbs/core/60_generation.ipynb #d89a186c
+# %% ../../nbs/core/60_generation.ipynb #1fd60da8
 def derive_seed(
     *parts: str | int,  # what identifies the row, e.g. dialogue id, target act, seed of the run
 ) -> int:  # 0 ... 2**63 - 1
     "Hash what identifies a row into the seed of its random stream."
     return int.from_bytes(sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
-# %% ../../nbs/core/60_generation.ipynb #498a886a
+# %% ../../nbs/core/60_generation.ipynb #27f3cc01
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],  # complete prompts, special tokens included
@@ -79,7 +79,7 @@ def stop_token_ids(
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({i for i in [*ends, tokenizer.eos_token_id] if i is not None})
 
-# %% ../../nbs/core/60_generation.ipynb #f9db322e
+# %% ../../nbs/core/60_generation.ipynb #73148f6c
 @dataclass(frozen=True)
 class GenerationConfig(Config):
     "How replies are decoded."
@@ -123,7 +123,7 @@ def keep_top_k(
         probs = torch.where(probs >= least, probs, 0)
     return probs / probs.sum(-1, keepdim=True)
 
-# %% ../../nbs/core/60_generation.ipynb #669973ad
+# %% ../../nbs/core/60_generation.ipynb #8ae873ef
 @torch.inference_mode()
 def _decode(
     model: PreTrainedModel,
@@ -178,7 +178,7 @@ def _check_room(model: PreTrainedModel, prompt_length: int, max_new_tokens: int)
             f"e.g. a context of fewer turns"
         )
 
-# %% ../../nbs/core/60_generation.ipynb #10956f59
+# %% ../../nbs/core/60_generation.ipynb #a6fc6f6d
 @dataclass(frozen=True)
 class Generations:
     "Replies, in the order of the prompts."
@@ -239,7 +239,7 @@ def row_seeds(
         )
     return list(seeds)
 
-# %% ../../nbs/core/60_generation.ipynb #ab6f6393
+# %% ../../nbs/core/60_generation.ipynb #aacb2b8b
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -256,7 +256,7 @@ def stream(
             yield text[len(said) :]
             said = text
 
-# %% ../../nbs/core/60_generation.ipynb #d591421f
+# %% ../../nbs/core/60_generation.ipynb #b4c6721b
 def best_of_n(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
