@@ -22,7 +22,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@touch $@
 
 demo: $(READY) ## steer real replies towards each act: a table and a figure
-	$(BIN)/llama-dialogue demo --out runs/demo
+	$(BIN)/llama-dialogue demo
 
 test: $(READY) lint sync ## everything that CI runs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

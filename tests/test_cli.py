@@ -120,6 +120,36 @@ def test_reply_as_json_from_the_shell():
     assert done.returncode == 0 and answer["seed"] == 4 and answer["method"] == "none"
 
 
+def test_attribute_train_eval_and_probe(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--set", "max_dialogues=24", "--set", "model=tiny-llama-random", "--set", "dtype=fp32", "--json"]
+    code, out, err = run(["attribute", "train", "--kind", "head", "--out", "head", *few], capsys)
+    assert code == 0, err
+    trained = json.loads(out)["metrics"]
+    code, out, err = run(
+        ["attribute", "eval", "head", "--data", "sample", "--set", "dtype=fp32", "--json"], capsys
+    )
+    tested = json.loads(out)["metrics"]
+    assert code == 0 and trained["accuracy"]["n"] > 0, err
+    assert set(tested["accuracy"]) == {"value", "low", "high", "n"}
+    code, out, err = run(["attribute", "probe", "--set", "layers=[0, 4]", *few], capsys)
+    assert code == 0 and json.loads(out)["metrics"], err
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["attribute", "train", "--kind", "tree", "--out", "x"], "tree"),
+        (["attribute", "train", "--kind", "head", "--target", "mood", "--out", "x"], "emotion"),
+        (["attribute", "eval", "no/such/model"], "neither head.json nor judge.json"),
+    ],
+)
+def test_bad_attribute_input(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(arguments, capsys)
+    assert code == 2 and told in err and err.count("\n") == 1
+
+
 def test_corpus_report(capsys):
     code, out, _ = run(["corpus", "sample", "--json"], capsys)
     report = json.loads(out)

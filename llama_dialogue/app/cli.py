@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Command', 'Group', 'cli', 'main', 'config_options']
 
-# %% ../../nbs/app/20_cli.ipynb #304fcfe7
+# %% ../../nbs/app/20_cli.ipynb #1cde3cab
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-# %% ../../nbs/app/20_cli.ipynb #03a2c3e1
+# %% ../../nbs/app/20_cli.ipynb #a29b2b02
 class Command(click.Command):
     "A command that tells wrong input in one line."
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:  # None: those of the shel
     except click.Abort:
         _fail("interrupted", 130)
 
-# %% ../../nbs/app/20_cli.ipynb #3a54ed20
+# %% ../../nbs/app/20_cli.ipynb #e311cd4f
 def _configured(config_class, path: str | None, assignments: tuple[str, ...], **options):
     "Build a config from its defaults, a YAML file, options that were given, and --set, in this order."
     from llama_dialogue.core.config import Config
@@ -106,7 +106,7 @@ def _print_json(value) -> None:
     "Print a value as JSON."
     click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
-# %% ../../nbs/app/20_cli.ipynb #c29651ce
+# %% ../../nbs/app/20_cli.ipynb #9723f8f7
 @cli.group("models", cls=Group, invoke_without_command=True, short_help="List the models, or get one ahead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
@@ -133,7 +133,7 @@ def _models_get(name, revision):
 
     click.echo(f"{name}: {get_model(name, revision)}")
 
-# %% ../../nbs/app/20_cli.ipynb #b296144a
+# %% ../../nbs/app/20_cli.ipynb #64f4d46b
 @cli.command("corpus", short_help="Count a corpus, report what was skipped and what splits share.")
 @click.argument("data", default="sample")
 @click.option("--strict/--no-strict", default=False, help="Stop at the first fault instead of reporting all.")
@@ -178,7 +178,7 @@ def _corpus(data, strict, as_json):
         click.echo("\nhow much of `probe` stands in `base`, word for word (exact) or nearly (near):")
         _print_table(overlap)
 
-# %% ../../nbs/app/20_cli.ipynb #a82a886c
+# %% ../../nbs/app/20_cli.ipynb #7d742016
 @cli.command("demo", short_help="Steer replies towards each act; print a table, write a figure.")
 @click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
 @click.option("--n", type=int, help="Number of contexts; each is steered towards each act.")
@@ -215,7 +215,7 @@ def _print_replies(table) -> None:
         for method, reply in row.items():
             click.echo(f"  {method:<10} {' '.join(reply.split())}")
 
-# %% ../../nbs/app/20_cli.ipynb #1f63cc2c
+# %% ../../nbs/app/20_cli.ipynb #b7fc2ec2
 @cli.command("reply", short_help="Reply to a context, if wished towards an act.")
 @click.option(
     "--context", "turns", multiple=True, required=True, help="A turn; repeat for more, the last is answered."
@@ -236,7 +236,7 @@ def _reply(turns, act, method, model, config_path, assignments, seed, as_json):
     else:
         click.echo(answer["reply"])
 
-# %% ../../nbs/app/20_cli.ipynb #df8e1270
+# %% ../../nbs/app/20_cli.ipynb #81c73bb1
 @cli.group("prompting", cls=Group, short_help="Run the prompting study.")
 def _prompting():
     """How must a chat model be asked so that it speaks as a person?"""
@@ -263,7 +263,84 @@ def _prompting_run(data, n, model, out, config_path, assignments, seed, as_json)
     _print_table(prompting_table(record))
     click.echo(f"\nrecord {folder / record.name}.json")
 
-# %% ../../nbs/app/20_cli.ipynb #71376e89
+# %% ../../nbs/app/20_cli.ipynb #7fb565b9
+@cli.group("attribute", cls=Group, short_help="Train, test and probe heads and judges.")
+def _attribute():
+    """Read act and emotion from hidden states, or judge replies with a BERT."""
+
+
+@_attribute.command("train")
+@click.option(
+    "--kind", type=click.Choice(["head", "judge"]), required=True, help="On hidden states, or a BERT."
+)
+@click.option("--target", help="act or emotion.")
+@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@click.option("--out", required=True, help="Folder for the model.")
+@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
+@config_options
+def _attribute_train(kind, target, data, out, records_folder, config_path, assignments, seed, as_json):
+    """Train a head or a judge and test it beside the baselines."""
+    from llama_dialogue.attribute.experiment import (
+        HeadTraining,
+        JudgeTraining,
+        train_head_job,
+        train_judge_job,
+    )
+
+    kinds = {"head": (HeadTraining, train_head_job), "judge": (JudgeTraining, train_judge_job)}
+    config_class, job = kinds[kind]
+    config = _configured(config_class, config_path, assignments, target=target, data=data, seed=seed)
+    _, record = job(config, out, records_folder)
+    _print_scores(record, as_json)
+
+
+@_attribute.command("eval")
+@click.argument("model")
+@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@click.option("--split", help="train, validation or test.")
+@click.option("--balanced", is_flag=True, default=None, help="Equally many replies of each class.")
+@click.option("--records", "records_folder", help="Folder for a record; none is written without it.")
+@config_options
+def _attribute_eval(model, data, split, balanced, records_folder, config_path, assignments, seed, as_json):
+    """Test the head or judge in folder MODEL."""
+    from llama_dialogue.attribute.evaluation import EvaluationConfig, evaluate_job
+
+    given = {"data": data, "split": split, "balanced": balanced, "seed": seed}
+    values = EvaluationConfig.from_yaml(config_path).to_dict() if config_path else {}
+    values |= {"model": model} | {key: value for key, value in given.items() if value is not None}
+    config = EvaluationConfig.from_dict(values).override(list(assignments))
+    _print_scores(evaluate_job(config, records_folder), as_json)
+
+
+@_attribute.command("probe")
+@click.option("--target", help="act or emotion.")
+@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
+@config_options
+def _attribute_probe(target, data, records_folder, config_path, assignments, seed, as_json):
+    """Train a probe on every layer, pooling and setting."""
+    from llama_dialogue.attribute.evaluation import ProbeConfig, probe_job
+
+    config = _configured(ProbeConfig, config_path, assignments, target=target, data=data, seed=seed)
+    record, table = probe_job(config, records_folder)
+    if as_json:
+        _print_json(record.to_dict())
+    else:
+        _print_table(table)
+
+
+def _print_scores(record, as_json: bool) -> None:
+    "Print the scores of a head or a judge."
+    from llama_dialogue.core.statistics import Interval
+
+    if as_json:
+        _print_json(record.to_dict())
+        return
+    for name, value in record.metrics.items():
+        if isinstance(value, Interval):
+            click.echo(f"{name:<20} {value}  n={value.n}")
+
+# %% ../../nbs/app/20_cli.ipynb #87c1b1c8
 @cli.command("records", short_help="List the records of a folder.")
 @click.argument("folder", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
