@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Command', 'Group', 'cli', 'main', 'config_options']
 
-# %% ../../nbs/app/20_cli.ipynb #1cde3cab
+# %% ../../nbs/app/20_cli.ipynb #99bc5935
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-# %% ../../nbs/app/20_cli.ipynb #a29b2b02
+# %% ../../nbs/app/20_cli.ipynb #9663f377
 class Command(click.Command):
     "A command that tells wrong input in one line."
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:  # None: those of the shel
     except click.Abort:
         _fail("interrupted", 130)
 
-# %% ../../nbs/app/20_cli.ipynb #e311cd4f
+# %% ../../nbs/app/20_cli.ipynb #6c936b49
 def _configured(config_class, path: str | None, assignments: tuple[str, ...], **options):
     "Build a config from its defaults, a YAML file, options that were given, and --set, in this order."
     from llama_dialogue.core.config import Config
@@ -106,7 +106,7 @@ def _print_json(value) -> None:
     "Print a value as JSON."
     click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
-# %% ../../nbs/app/20_cli.ipynb #9723f8f7
+# %% ../../nbs/app/20_cli.ipynb #57e22e15
 @cli.group("models", cls=Group, invoke_without_command=True, short_help="List the models, or get one ahead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
@@ -133,7 +133,7 @@ def _models_get(name, revision):
 
     click.echo(f"{name}: {get_model(name, revision)}")
 
-# %% ../../nbs/app/20_cli.ipynb #64f4d46b
+# %% ../../nbs/app/20_cli.ipynb #336aec31
 @cli.command("corpus", short_help="Count a corpus, report what was skipped and what splits share.")
 @click.argument("data", default="sample")
 @click.option("--strict/--no-strict", default=False, help="Stop at the first fault instead of reporting all.")
@@ -178,7 +178,7 @@ def _corpus(data, strict, as_json):
         click.echo("\nhow much of `probe` stands in `base`, word for word (exact) or nearly (near):")
         _print_table(overlap)
 
-# %% ../../nbs/app/20_cli.ipynb #7d742016
+# %% ../../nbs/app/20_cli.ipynb #983bf0be
 @cli.command("demo", short_help="Steer replies towards each act; print a table, write a figure.")
 @click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
 @click.option("--n", type=int, help="Number of contexts; each is steered towards each act.")
@@ -215,7 +215,7 @@ def _print_replies(table) -> None:
         for method, reply in row.items():
             click.echo(f"  {method:<10} {' '.join(reply.split())}")
 
-# %% ../../nbs/app/20_cli.ipynb #b7fc2ec2
+# %% ../../nbs/app/20_cli.ipynb #82c7b124
 @cli.command("reply", short_help="Reply to a context, if wished towards an act.")
 @click.option(
     "--context", "turns", multiple=True, required=True, help="A turn; repeat for more, the last is answered."
@@ -236,7 +236,7 @@ def _reply(turns, act, method, model, config_path, assignments, seed, as_json):
     else:
         click.echo(answer["reply"])
 
-# %% ../../nbs/app/20_cli.ipynb #81c73bb1
+# %% ../../nbs/app/20_cli.ipynb #813cccc2
 @cli.group("prompting", cls=Group, short_help="Run the prompting study.")
 def _prompting():
     """How must a chat model be asked so that it speaks as a person?"""
@@ -263,7 +263,7 @@ def _prompting_run(data, n, model, out, config_path, assignments, seed, as_json)
     _print_table(prompting_table(record))
     click.echo(f"\nrecord {folder / record.name}.json")
 
-# %% ../../nbs/app/20_cli.ipynb #7fb565b9
+# %% ../../nbs/app/20_cli.ipynb #393aae5f
 @cli.group("attribute", cls=Group, short_help="Train, test and probe heads and judges.")
 def _attribute():
     """Read act and emotion from hidden states, or judge replies with a BERT."""
@@ -340,7 +340,7 @@ def _print_scores(record, as_json: bool) -> None:
         if isinstance(value, Interval):
             click.echo(f"{name:<20} {value}  n={value.n}")
 
-# %% ../../nbs/app/20_cli.ipynb #87c1b1c8
+# %% ../../nbs/app/20_cli.ipynb #015ce19e
 @cli.command("records", short_help="List the records of a folder.")
 @click.argument("folder", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
