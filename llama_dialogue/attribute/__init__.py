@@ -5,3 +5,6 @@ from .head import *
 from .judge import *
 from .scoring import *
 from .defaults import *
+from .probes import *
+from .experiment import *
+from .evaluation import *
