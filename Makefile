@@ -28,7 +28,8 @@ test: $(READY) lint sync ## everything that CI runs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 	$(MAKE) --no-print-directory docs
 
-test-slow: $(READY) ## the notebook cells flagged slow
+test-slow: $(READY) ## the slow tests, and the notebook cells flagged slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 	HF_HUB_OFFLINE=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --flags slow --n_workers 1 --timing
 
 lint: $(READY)
