@@ -85,6 +85,17 @@ def test_broken_corpus_names_file_and_line(capsys, tmp_path):
     assert code == 2 and "mine.jsonl, line 1" in err and "greeting" in err
 
 
+def test_corpus_without_acts(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turns = json.dumps({"turns": [{"text": "Is the ferry late?"}, {"text": "By an hour, they say."}]})
+    others = [
+        turns.replace("ferry", word) for word in ("bus", "train", "tram", "plane", "boat", "post", "bride")
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join([turns, *others]))
+    code, out, err = run(["demo", "--data", "mine.jsonl", "--n", "1", "--model", "tiny-llama-random"], capsys)
+    assert code == 2 and "has no act" in err and out == "" and not (tmp_path / "runs/demo/mine.json").exists()
+
+
 def test_damaged_model_cache(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_DIALOGUE_CACHE", str(tmp_path))
     folder = tmp_path / "models" / "smollm2-135m"

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Command', 'Group', 'cli', 'main', 'config_options']
 
-# %% ../../nbs/app/20_cli.ipynb #99bc5935
+# %% ../../nbs/app/20_cli.ipynb #a02452f1
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-# %% ../../nbs/app/20_cli.ipynb #9663f377
+# %% ../../nbs/app/20_cli.ipynb #543d6ea6
 class Command(click.Command):
     "A command that tells wrong input in one line."
 
@@ -68,12 +68,9 @@ def main(arguments: list[str] | None = None) -> None:  # None: those of the shel
     except click.Abort:
         _fail("interrupted", 130)
 
-# %% ../../nbs/app/20_cli.ipynb #6c936b49
+# %% ../../nbs/app/20_cli.ipynb #cedc7775
 def _configured(config_class, path: str | None, assignments: tuple[str, ...], **options):
     "Build a config from its defaults, a YAML file, options that were given, and --set, in this order."
-    from llama_dialogue.core.config import Config
-
-    assert issubclass(config_class, Config)
     config = config_class.from_yaml(path) if path else config_class()
     given = {key: value for key, value in options.items() if value is not None}
     return config_class.from_dict(config.to_dict() | given).override(list(assignments))
@@ -106,7 +103,7 @@ def _print_json(value) -> None:
     "Print a value as JSON."
     click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
-# %% ../../nbs/app/20_cli.ipynb #57e22e15
+# %% ../../nbs/app/20_cli.ipynb #1a512b4a
 @cli.group("models", cls=Group, invoke_without_command=True, short_help="List the models, or get one ahead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
@@ -133,7 +130,7 @@ def _models_get(name, revision):
 
     click.echo(f"{name}: {get_model(name, revision)}")
 
-# %% ../../nbs/app/20_cli.ipynb #336aec31
+# %% ../../nbs/app/20_cli.ipynb #a121858a
 @cli.command("corpus", short_help="Count a corpus, report what was skipped and what splits share.")
 @click.argument("data", default="sample")
 @click.option("--strict/--no-strict", default=False, help="Stop at the first fault instead of reporting all.")
@@ -178,7 +175,7 @@ def _corpus(data, strict, as_json):
         click.echo("\nhow much of `probe` stands in `base`, word for word (exact) or nearly (near):")
         _print_table(overlap)
 
-# %% ../../nbs/app/20_cli.ipynb #983bf0be
+# %% ../../nbs/app/20_cli.ipynb #8444918c
 @cli.command("demo", short_help="Steer replies towards each act; print a table, write a figure.")
 @click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
 @click.option("--n", type=int, help="Number of contexts; each is steered towards each act.")
@@ -215,7 +212,7 @@ def _print_replies(table) -> None:
         for method, reply in row.items():
             click.echo(f"  {method:<10} {' '.join(reply.split())}")
 
-# %% ../../nbs/app/20_cli.ipynb #82c7b124
+# %% ../../nbs/app/20_cli.ipynb #f9734741
 @cli.command("reply", short_help="Reply to a context, if wished towards an act.")
 @click.option(
     "--context", "turns", multiple=True, required=True, help="A turn; repeat for more, the last is answered."
@@ -236,7 +233,7 @@ def _reply(turns, act, method, model, config_path, assignments, seed, as_json):
     else:
         click.echo(answer["reply"])
 
-# %% ../../nbs/app/20_cli.ipynb #813cccc2
+# %% ../../nbs/app/20_cli.ipynb #c7ed49ce
 @cli.group("prompting", cls=Group, short_help="Run the prompting study.")
 def _prompting():
     """How must a chat model be asked so that it speaks as a person?"""
@@ -263,7 +260,7 @@ def _prompting_run(data, n, model, out, config_path, assignments, seed, as_json)
     _print_table(prompting_table(record))
     click.echo(f"\nrecord {folder / record.name}.json")
 
-# %% ../../nbs/app/20_cli.ipynb #393aae5f
+# %% ../../nbs/app/20_cli.ipynb #deeccc8d
 @cli.group("attribute", cls=Group, short_help="Train, test and probe heads and judges.")
 def _attribute():
     """Read act and emotion from hidden states, or judge replies with a BERT."""
@@ -340,7 +337,7 @@ def _print_scores(record, as_json: bool) -> None:
         if isinstance(value, Interval):
             click.echo(f"{name:<20} {value}  n={value.n}")
 
-# %% ../../nbs/app/20_cli.ipynb #015ce19e
+# %% ../../nbs/app/20_cli.ipynb #5c3a3763
 @cli.command("records", short_help="List the records of a folder.")
 @click.argument("folder", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

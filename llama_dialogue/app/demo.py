@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'demo_examples', 'score_rows', 'run_demo', 'replace_reply', 'demo_table', 'plot_demo', 'side_by_side']
 
-# %% ../../nbs/app/10_demo.ipynb #22444718
+# %% ../../nbs/app/10_demo.ipynb #69dbf362
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..perturb.methods import METHODS, SteeringConfig, steer
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/app/10_demo.ipynb #5e284d3a
+# %% ../../nbs/app/10_demo.ipynb #03e3bea0
 @dataclass(frozen=True)
 class DemoConfig(SteeringConfig):
     "What the demo runs."
@@ -53,10 +53,10 @@ class DemoConfig(SteeringConfig):
                 check_choice(what, value, known)
             if not chosen or len(set(chosen)) < len(chosen):
                 raise InputError(
-                    f"{what}s={list(chosen)}: need one or more, each once, e.g. {what}s=[{known[0] if what == 'act' else 'none'}]"
+                    f"{what}s={list(chosen)}: need one or more, each once, e.g. {what}s=[{next(iter(known))}]"
                 )
 
-# %% ../../nbs/app/10_demo.ipynb #db07c019
+# %% ../../nbs/app/10_demo.ipynb #d5d2e839
 def demo_examples(
     corpus: Corpus,
     n: int,  # contexts
@@ -67,7 +67,7 @@ def demo_examples(
     free = replace(corpus, dialogues=tuple(select_part(corpus, "steer")))
     return one_context_each(free, n, max_context, seed)
 
-# %% ../../nbs/app/10_demo.ipynb #a46c1fa4
+# %% ../../nbs/app/10_demo.ipynb #d26a77a1
 def score_rows(
     rows: pd.DataFrame,  # of one method: dialogue_id, act, log-probabilities, nll, tokens, reply
 ) -> dict[str, Interval]:
@@ -80,7 +80,7 @@ def score_rows(
         "tokens": ratio_interval(rows.tokens, np.ones(len(rows)), clusters),
     }
 
-# %% ../../nbs/app/10_demo.ipynb #356edfe1
+# %% ../../nbs/app/10_demo.ipynb #d06b69cc
 def run_demo(
     config: DemoConfig,
     out: Path | str | None = "runs",  # record and rows go to out/demo/; None: nothing is written
@@ -97,6 +97,7 @@ def run_demo(
         )  # refuses a range outside the model before any long work
         head, judge = default_head(chat, progress=progress), default_judge(progress=progress)
         pairs = [(example, act) for example in examples for act in config.acts]
+        human = _human_scores(judge, examples)
         tables, generated, spent = [], 0, 0.0
         for method in config.methods:
             started = time.perf_counter()
@@ -105,7 +106,7 @@ def run_demo(
             generated, spent = generated + table.tokens.sum(), spent + seconds
             tables.append(_judged_rows(table, config, chat, judge, pairs))
             record.metrics[method] = score_rows(tables[-1]) | {"seconds": round(seconds, 1)}
-        record.metrics["human"] = _human_scores(judge, examples)
+        record.metrics["human"] = human
         record.tokens_per_second = round(generated / spent, 1)
         rows = pd.concat(tables, ignore_index=True)
         if out is not None:
@@ -144,6 +145,10 @@ def _judged_rows(table: pd.DataFrame, config: DemoConfig, chat: ChatModel, judge
 
 def _human_scores(judge, examples: list[Example]) -> dict[str, Interval]:
     "Judge the corpus' own replies by their own labels: what a perfect method could reach."
+    if unlabelled := [example.id for example in examples if example.reply.act is None]:
+        raise InputError(
+            f"reply {unlabelled[0]} has no act: need labelled replies to judge, e.g. --data sample"
+        )
     labels = [ACTS.index(example.reply.act) for example in examples]
     return judged_scores(np.asarray(judge.predict(examples)), labels, [e.dialogue_id for e in examples])
 
@@ -155,7 +160,7 @@ def replace_reply(
     "Put a generated reply in the place of the corpus' own."
     return replace(example, reply=Turn(reply.strip() or "..."))
 
-# %% ../../nbs/app/10_demo.ipynb #d5dadf29
+# %% ../../nbs/app/10_demo.ipynb #2f3a696e
 def demo_table(
     record: RunRecord,
 ) -> pd.DataFrame:  # one row a method, intervals as text
@@ -200,7 +205,7 @@ def plot_demo(
     ax.set_title(f"{record.data['name']}: {n} contexts x {acts} acts, 95% intervals", fontsize="medium")
     return fig
 
-# %% ../../nbs/app/10_demo.ipynb #98129878
+# %% ../../nbs/app/10_demo.ipynb #39ce2921
 def side_by_side(
     rows: pd.DataFrame,  # of run_demo
     dialogue_id: str,
