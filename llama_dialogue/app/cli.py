@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Command', 'Group', 'cli', 'main', 'config_options']
 
-# %% ../../nbs/app/20_cli.ipynb #a02452f1
+# %% ../../nbs/app/20_cli.ipynb #8a69784c
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-# %% ../../nbs/app/20_cli.ipynb #543d6ea6
+# %% ../../nbs/app/20_cli.ipynb #d2db0eed
 class Command(click.Command):
     "A command that tells wrong input in one line."
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:  # None: those of the shel
     except click.Abort:
         _fail("interrupted", 130)
 
-# %% ../../nbs/app/20_cli.ipynb #cedc7775
+# %% ../../nbs/app/20_cli.ipynb #7e64a787
 def _configured(config_class, path: str | None, assignments: tuple[str, ...], **options):
     "Build a config from its defaults, a YAML file, options that were given, and --set, in this order."
     config = config_class.from_yaml(path) if path else config_class()
@@ -103,7 +103,7 @@ def _print_json(value) -> None:
     "Print a value as JSON."
     click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
-# %% ../../nbs/app/20_cli.ipynb #1a512b4a
+# %% ../../nbs/app/20_cli.ipynb #d49a98cb
 @cli.group("models", cls=Group, invoke_without_command=True, short_help="List the models, or get one ahead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
@@ -130,7 +130,7 @@ def _models_get(name, revision):
 
     click.echo(f"{name}: {get_model(name, revision)}")
 
-# %% ../../nbs/app/20_cli.ipynb #a121858a
+# %% ../../nbs/app/20_cli.ipynb #2527b368
 @cli.command("corpus", short_help="Count a corpus, report what was skipped and what splits share.")
 @click.argument("data", default="sample")
 @click.option("--strict/--no-strict", default=False, help="Stop at the first fault instead of reporting all.")
@@ -175,7 +175,7 @@ def _corpus(data, strict, as_json):
         click.echo("\nhow much of `probe` stands in `base`, word for word (exact) or nearly (near):")
         _print_table(overlap)
 
-# %% ../../nbs/app/20_cli.ipynb #8444918c
+# %% ../../nbs/app/20_cli.ipynb #be4043b8
 @cli.command("demo", short_help="Steer replies towards each act; print a table, write a figure.")
 @click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
 @click.option("--n", type=int, help="Number of contexts; each is steered towards each act.")
@@ -212,7 +212,7 @@ def _print_replies(table) -> None:
         for method, reply in row.items():
             click.echo(f"  {method:<10} {' '.join(reply.split())}")
 
-# %% ../../nbs/app/20_cli.ipynb #f9734741
+# %% ../../nbs/app/20_cli.ipynb #7b7ab8fa
 @cli.command("reply", short_help="Reply to a context, if wished towards an act.")
 @click.option(
     "--context", "turns", multiple=True, required=True, help="A turn; repeat for more, the last is answered."
@@ -233,7 +233,7 @@ def _reply(turns, act, method, model, config_path, assignments, seed, as_json):
     else:
         click.echo(answer["reply"])
 
-# %% ../../nbs/app/20_cli.ipynb #c7ed49ce
+# %% ../../nbs/app/20_cli.ipynb #a9744246
 @cli.group("prompting", cls=Group, short_help="Run the prompting study.")
 def _prompting():
     """How must a chat model be asked so that it speaks as a person?"""
@@ -260,10 +260,26 @@ def _prompting_run(data, n, model, out, config_path, assignments, seed, as_json)
     _print_table(prompting_table(record))
     click.echo(f"\nrecord {folder / record.name}.json")
 
-# %% ../../nbs/app/20_cli.ipynb #deeccc8d
+# %% ../../nbs/app/20_cli.ipynb #2dc946fc
 @cli.group("attribute", cls=Group, short_help="Train, test and probe heads and judges.")
 def _attribute():
     """Read act and emotion from hidden states, or judge replies with a BERT."""
+
+
+def _example_options(command: Callable) -> Callable:
+    "Add the options that choose examples."
+    for option in (
+        click.option("--balanced", is_flag=True, default=None, help="Equally many replies of each class."),
+        click.option("--part", help="head, judge or steer: that third of the dialogues alone."),
+        click.option(
+            "--all-turns/--odd-turns",
+            default=None,
+            help="Every reply, or only those after an odd number of turns, as steering meets them.",
+        ),
+        click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA."),
+    ):
+        command = option(command)
+    return command
 
 
 @_attribute.command("train")
@@ -271,11 +287,11 @@ def _attribute():
     "--kind", type=click.Choice(["head", "judge"]), required=True, help="On hidden states, or a BERT."
 )
 @click.option("--target", help="act or emotion.")
-@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@_example_options
 @click.option("--out", required=True, help="Folder for the model.")
 @click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
 @config_options
-def _attribute_train(kind, target, data, out, records_folder, config_path, assignments, seed, as_json):
+def _attribute_train(kind, balanced, out, records_folder, config_path, assignments, as_json, **given):
     """Train a head or a judge and test it beside the baselines."""
     from llama_dialogue.attribute.experiment import (
         HeadTraining,
@@ -286,23 +302,22 @@ def _attribute_train(kind, target, data, out, records_folder, config_path, assig
 
     kinds = {"head": (HeadTraining, train_head_job), "judge": (JudgeTraining, train_judge_job)}
     config_class, job = kinds[kind]
-    config = _configured(config_class, config_path, assignments, target=target, data=data, seed=seed)
+    given |= {"balanced": balanced} if kind == "head" else {"balance": "undersample" if balanced else None}
+    config = _configured(config_class, config_path, assignments, **given)
     _, record = job(config, out, records_folder)
     _print_scores(record, as_json)
 
 
 @_attribute.command("eval")
 @click.argument("model")
-@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@_example_options
 @click.option("--split", help="train, validation or test.")
-@click.option("--balanced", is_flag=True, default=None, help="Equally many replies of each class.")
 @click.option("--records", "records_folder", help="Folder for a record; none is written without it.")
 @config_options
-def _attribute_eval(model, data, split, balanced, records_folder, config_path, assignments, seed, as_json):
+def _attribute_eval(model, records_folder, config_path, assignments, as_json, **given):
     """Test the head or judge in folder MODEL."""
     from llama_dialogue.attribute.evaluation import EvaluationConfig, evaluate_job
 
-    given = {"data": data, "split": split, "balanced": balanced, "seed": seed}
     values = EvaluationConfig.from_yaml(config_path).to_dict() if config_path else {}
     values |= {"model": model} | {key: value for key, value in given.items() if value is not None}
     config = EvaluationConfig.from_dict(values).override(list(assignments))
@@ -311,14 +326,14 @@ def _attribute_eval(model, data, split, balanced, records_folder, config_path, a
 
 @_attribute.command("probe")
 @click.option("--target", help="act or emotion.")
-@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@_example_options
 @click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
 @config_options
-def _attribute_probe(target, data, records_folder, config_path, assignments, seed, as_json):
+def _attribute_probe(records_folder, config_path, assignments, as_json, **given):
     """Train a probe on every layer, pooling and setting."""
     from llama_dialogue.attribute.evaluation import ProbeConfig, probe_job
 
-    config = _configured(ProbeConfig, config_path, assignments, target=target, data=data, seed=seed)
+    config = _configured(ProbeConfig, config_path, assignments, **given)
     record, table = probe_job(config, records_folder)
     if as_json:
         _print_json(record.to_dict())
@@ -327,17 +342,48 @@ def _attribute_probe(target, data, records_folder, config_path, assignments, see
 
 
 def _print_scores(record, as_json: bool) -> None:
-    "Print the scores of a head or a judge."
+    "Print the scores of a head or a judge, beside the baselines."
+    import pandas as pd
+
     from llama_dialogue.core.statistics import Interval
 
     if as_json:
         _print_json(record.to_dict())
         return
-    for name, value in record.metrics.items():
-        if isinstance(value, Interval):
-            click.echo(f"{name:<20} {value}  n={value.n}")
+    rows = {"this model": record.metrics} | {
+        name: record.metrics[name] for name in ("other", "words", "majority") if name in record.metrics
+    }
+    scores = [name for name, value in record.metrics.items() if isinstance(value, Interval)]
+    table = {column: [str(row.get(name, "")) for name in scores] for column, row in rows.items()}
+    _print_table(pd.DataFrame({"score": scores} | table))
+    click.echo(f"{record.metrics['accuracy'].n:,} replies of {record.data['name']}, 95% intervals")
 
-# %% ../../nbs/app/20_cli.ipynb #5c3a3763
+# %% ../../nbs/app/20_cli.ipynb #79603d34
+@cli.group("bench", cls=Group, short_help="Time the fast paths against the plain ones.")
+def _bench():
+    """Time the fast paths against the plain ones, in one run on one machine."""
+
+
+@_bench.command("features")
+@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@click.option("--model", help="Folder, registry name or hub id.")
+@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
+@config_options
+def _bench_features(records_folder, config_path, assignments, as_json, **given):
+    """Time reading features in batches against a loop over utterances."""
+    import pandas as pd
+
+    from llama_dialogue.attribute.evaluation import FeatureBench, bench_features_job
+
+    config = _configured(FeatureBench, config_path, assignments, **given)
+    record = bench_features_job(config, records_folder)
+    if as_json:
+        _print_json(record.to_dict())
+        return
+    timed = {name: value for name, value in record.metrics.items() if name != "n"}
+    _print_table(pd.DataFrame([{"replies per second": name} | value for name, value in timed.items()]))
+
+# %% ../../nbs/app/20_cli.ipynb #978cae19
 @cli.command("records", short_help="List the records of a folder.")
 @click.argument("folder", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

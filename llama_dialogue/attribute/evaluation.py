@@ -4,18 +4,27 @@
 
 # %% auto #0
 __all__ = ['EvaluationConfig', 'load_attribute_model', 'evaluate_job', 'ProbeConfig', 'probe_job', 'probe_table',
-           'bench_features']
+           'bench_features', 'FeatureBench', 'bench_features_job']
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #d2ee0fa5
+# %% ../../nbs/attribute/80_evaluation.ipynb #8d67c889
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
 
-from .experiment import ExampleConfig, example_sets, labelled, set_sizes
+from llama_dialogue.attribute.experiment import (
+    ExampleConfig,
+    ExampleSets,
+    baseline_scores,
+    example_sets,
+    labelled,
+    set_sizes,
+)
 from llama_dialogue.attribute.features import (
     POOLINGS,
     encode_replies,
@@ -26,7 +35,7 @@ from llama_dialogue.attribute.features import (
 from .head import AttributeHead, check_head
 from .judge import TARGETS, Judge, target_classes, target_labels
 from .probes import SETTINGS, probe_layers
-from .scoring import agreement, drop_known, score_predictions
+from .scoring import agreement, confusion_table, drop_known, score_predictions
 from ..core.config import Config
 from llama_dialogue.core.dialogues import (
     PARTS,
@@ -39,9 +48,10 @@ from llama_dialogue.core.dialogues import (
 )
 from ..core.errors import InputError, check_choice
 from ..core.models import ChatModel, load_chat_model
+from ..core.paths import sha256_file
 from ..core.records import RunRecord, identity, start_run
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #11188c19
+# %% ../../nbs/attribute/80_evaluation.ipynb #368322be
 @dataclass(frozen=True)
 class EvaluationConfig(Config):
     "What a saved model is tested on."
@@ -97,12 +107,8 @@ def evaluate_job(
     chosen = [d for d in corpus if config.split in (None, d.split)]
     chosen = select_part(chosen, config.part) if config.part else chosen
     test = labelled(make_examples(chosen, config.all_turns), target)
-    train = (
-        []
-        if config.split in (None, "train")
-        else make_examples([d for d in corpus if d.split == "train"], True)
-    )
-    test, overlap = drop_known(test, train)
+    own = {s: labelled(make_examples([d for d in corpus if d.split == s], True), target) for s in SPLITS}
+    test, overlap = drop_known(test, [] if config.split in (None, "train") else own["train"])
     if config.balanced:
         test = balanced_sample(test, target, seed=config.seed)
     if not test:
@@ -110,13 +116,26 @@ def evaluate_job(
             f"{config.data}: no labelled reply in split {config.split!r}: need some, e.g. --split test"
         )
     with start_run("attribute", config.name, config, config.seed, data=corpus, folder=records) as record:
+        record.model = _saved_identity(config.model)
         guesses = [_predict(model, test, chat, progress) for model in models]
         ids = [e.dialogue_id for e in test]
-        record.metrics |= score_predictions(guesses[0], target_labels(test, target), models[0].classes, ids)
+        labels = target_labels(test, target)
+        record.metrics |= score_predictions(guesses[0], labels, models[0].classes, ids)
+        record.metrics["confusion"] = confusion_table(guesses[0], labels, models[0].classes).to_dict("index")
         record.metrics["overlap"] = overlap
+        if config.split == "test" and own["train"] and own["validation"]:
+            sets = ExampleSets(corpus, own["train"], own["validation"], test, overlap)
+            record.metrics |= baseline_scores(sets, target)
         if len(guesses) == 2:
+            record.metrics["other"] = score_predictions(guesses[1], labels, models[1].classes, ids)
             record.metrics |= agreement(*guesses, ids)
     return record
+
+
+def _saved_identity(folder: Path | str) -> dict[str, str]:
+    "Name a saved model by its folder and the bytes of its weights."
+    (weights,) = Path(folder).glob("*.safetensors")
+    return identity(SimpleNamespace(name=Path(folder).name, sha256=sha256_file(weights)))
 
 
 def _predict(model: AttributeHead | Judge, test, chat: ChatModel | None, progress: bool):
@@ -126,7 +145,7 @@ def _predict(model: AttributeHead | Judge, test, chat: ChatModel | None, progres
         return model.predict(test, progress=bar)
     return model.predict(test, chat, bar)
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #dda53305
+# %% ../../nbs/attribute/80_evaluation.ipynb #52234b9a
 @dataclass(frozen=True)
 class ProbeConfig(ExampleConfig):
     "Which probes are trained."
@@ -185,7 +204,7 @@ def probe_table(
         for layer, scores in by_layer.items()
     )
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #7606623f
+# %% ../../nbs/attribute/80_evaluation.ipynb #c3e5f5b2
 def bench_features(
     chat: ChatModel,
     examples: Sequence[Example],
@@ -211,6 +230,51 @@ def bench_features(
         if name != "batched"
     }
     return {name: round(value, 2) for name, value in (speeds | ratios).items()}
+
+
+@dataclass(frozen=True)
+class FeatureBench(Config):
+    "How the extraction of features is timed."
+
+    name: str = "bench-features"  # of the record
+    model: str = "smollm2-135m"
+    dtype: str = "auto"
+    data: str = "sample"
+    max_dialogues: int = 100  # of the test split; 0: all
+    loop: int = 30  # replies that the loops read
+    rounds: int = 3  # times that everything is timed
+    system: str = "speaker"  # name of the system prompt
+    batch_tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.loop, self.rounds, self.batch_tokens) < 1 or self.max_dialogues < 0:
+            raise InputError(
+                f"loop={self.loop}, rounds={self.rounds}, batch_tokens={self.batch_tokens}: need at least 1, e.g. 30"
+            )
+
+
+def bench_features_job(
+    config: FeatureBench,
+    records: Path | str | None = None,  # the record goes to records/attribute/<name>.json; None: not written
+    chat: ChatModel | None = None,  # None: loaded by name
+) -> RunRecord:  # metrics: median, least and most of every speed (replies per second) and ratio
+    "Time feature extraction several times."
+    corpus = load_corpus(config.data)
+    dialogues = sorted((d for d in corpus if d.split == "test"), key=lambda d: d.id)
+    examples = make_examples(dialogues[: config.max_dialogues or None], True)
+    with start_run("attribute", config.name, config, config.seed, data=corpus, folder=records) as record:
+        chat = chat or load_chat_model(config.model, config.dtype)
+        record.model = identity(chat)
+        rounds = [
+            bench_features(chat, examples, config.loop, config.system, config.batch_tokens)
+            for _ in range(config.rounds)
+        ]
+        for name in rounds[0]:
+            values = [speeds[name] for speeds in rounds]
+            record.metrics[name] = {"median": median(values), "least": min(values), "most": max(values)}
+        record.metrics["n"] = {"replies": len(examples), "loop": min(config.loop, len(examples))}
+    return record
 
 
 def _loop_speed(chat: ChatModel, examples: Sequence[Example], system: str) -> float:

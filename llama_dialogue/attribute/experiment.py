@@ -6,7 +6,7 @@
 __all__ = ['ExampleConfig', 'ExampleSets', 'example_sets', 'labelled', 'baseline_scores', 'model_card', 'write_card',
            'HeadTraining', 'train_head_job', 'set_sizes', 'JudgeTraining', 'train_judge_job']
 
-# %% ../../nbs/attribute/70_experiment.ipynb #00179419
+# %% ../../nbs/attribute/70_experiment.ipynb #53303a0d
 import hashlib
 import json
 from collections.abc import Sequence
@@ -37,6 +37,7 @@ from llama_dialogue.attribute.judge import (
 )
 from llama_dialogue.attribute.scoring import (
     TfidfBaseline,
+    confusion_table,
     drop_known,
     learning_curve,
     majority_baseline,
@@ -59,7 +60,7 @@ from ..core.paths import atomic_file, check_writable, sha256_text
 from ..core.records import RunRecord, identity, start_run
 from ..core.statistics import Interval
 
-# %% ../../nbs/attribute/70_experiment.ipynb #905acd4b
+# %% ../../nbs/attribute/70_experiment.ipynb #db731a86
 @dataclass(frozen=True)
 class ExampleConfig(Config):
     "Which examples a job learns from and is tested on."
@@ -133,7 +134,7 @@ def labelled(
     "Keep the examples whose reply has a label."
     return [example for example in examples if getattr(example.reply, target) is not None]
 
-# %% ../../nbs/attribute/70_experiment.ipynb #b3e07ce1
+# %% ../../nbs/attribute/70_experiment.ipynb #1d3b4240
 def baseline_scores(
     sets: ExampleSets,
     target: str,  # "act" or "emotion"
@@ -152,7 +153,7 @@ def baseline_scores(
     ids = [e.dialogue_id for e in sets.test]
     return {name: score_predictions(guess, labels["test"], classes, ids) for name, guess in guesses.items()}
 
-# %% ../../nbs/attribute/70_experiment.ipynb #d5b154bd
+# %% ../../nbs/attribute/70_experiment.ipynb #6cef1fe1
 def model_card(
     record: RunRecord,  # of a training
     kind: str,  # "head" or "judge"
@@ -221,7 +222,7 @@ def write_card(
         temporary.write_text(model_card(record, kind), encoding="utf-8")
     return Path(path)
 
-# %% ../../nbs/attribute/70_experiment.ipynb #c17ea4e4
+# %% ../../nbs/attribute/70_experiment.ipynb #9e6316cb
 @dataclass(frozen=True)
 class HeadTraining(ExampleConfig):
     "How a head is trained."
@@ -274,11 +275,14 @@ def train_head_job(
         of_final = min((k for k in heads if k[0] == final), key=lambda k: heads[k].report["validation_nll"])
         ids = [e.dialogue_id for e in sets.test]
 
+        def read(key, head=None):
+            return (head or heads[key])(stores["test"].read(*key)), labels["test"], heads[key].classes
+
         def scores(key, head=None):
-            guess = (head or heads[key])(stores["test"].read(*key))
-            return score_predictions(guess, labels["test"], target_classes(config.target), ids)
+            return score_predictions(*read(key, head), ids)
 
         record.metrics |= scores(best)
+        record.metrics["confusion"] = confusion_table(*read(best)).to_dict("index")
         record.metrics |= {"layer": best[0], "pooling": best[1], "final": scores(of_final)}
         record.metrics["candidates"] = {
             f"layer {a}, {b}": _validation(head) for (a, b), head in heads.items()
@@ -365,7 +369,7 @@ def _by_prefix(chat: ChatModel, head: AttributeHead, test, config: HeadTraining,
         for i, k in enumerate(config.by_prefix)
     }
 
-# %% ../../nbs/attribute/70_experiment.ipynb #c9ad60d1
+# %% ../../nbs/attribute/70_experiment.ipynb #2ea9ebf9
 @dataclass(frozen=True)
 class JudgeTraining(JudgeConfig):
     "How a judge is trained, and on what."
@@ -410,6 +414,7 @@ def train_judge_job(
         log_probs = judge.predict(sets.test, progress="judging" if progress else "")
         labels, ids = target_labels(sets.test, config.target), [e.dialogue_id for e in sets.test]
         record.metrics |= score_predictions(log_probs, labels, judge.classes, ids)
+        record.metrics["confusion"] = confusion_table(log_probs, labels, judge.classes).to_dict("index")
         record.metrics["validation"] = {k: v for k, v in judge.report.items() if isinstance(v, float)}
         record.metrics |= baseline_scores(sets, config.target) | set_sizes(sets)
     _finish(judge, record, "judge", out)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FREQUENT', 'BINS', 'count_confusions', 'confusion_scores', 'score_predictions', 'majority_baseline', 'TfidfBaseline',
-           'plot_confusion', 'drop_known', 'learning_curve', 'agreement']
+           'confusion_table', 'plot_confusion', 'drop_known', 'learning_curve', 'agreement']
 
-# %% ../../nbs/attribute/40_scoring.ipynb #beee5223
+# %% ../../nbs/attribute/40_scoring.ipynb #6c0a5df2
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..core.errors import InputError
 from ..core.statistics import Interval, bootstrap_interval, rate_interval
 from ..core.texts import nearest_texts, normalize
 
-# %% ../../nbs/attribute/40_scoring.ipynb #a2b594c2
+# %% ../../nbs/attribute/40_scoring.ipynb #4244d79b
 FREQUENT = 30  # items of a class in the test, at least, for macro_f1_frequent
 
 
@@ -73,7 +73,7 @@ def confusion_scores(
         )
     return scores | {f"f1_{name}": f1[..., i] for i, name in enumerate(classes)}
 
-# %% ../../nbs/attribute/40_scoring.ipynb #0e5f3246
+# %% ../../nbs/attribute/40_scoring.ipynb #d07ef03b
 BINS = 15  # of the calibration error
 
 
@@ -149,7 +149,7 @@ def _interval(value: float, draws: np.ndarray | None, n: int) -> Interval:
     low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
     return Interval(float(value), float(low), float(high), n)
 
-# %% ../../nbs/attribute/40_scoring.ipynb #d9ea3565
+# %% ../../nbs/attribute/40_scoring.ipynb #e4d53e34
 def majority_baseline(
     train_labels: Sequence[int],
     n: int,  # predictions wanted
@@ -205,25 +205,33 @@ class TfidfBaseline:
         probs[:, self.model.classes_] += self.model.predict_proba(self.words.transform(texts))
         return np.log(probs / probs.sum(1, keepdims=True))
 
-# %% ../../nbs/attribute/40_scoring.ipynb #393ddc06
+# %% ../../nbs/attribute/40_scoring.ipynb #151fe565
+def confusion_table(
+    log_probs: Float[Tensor, "N C"] | Float[np.ndarray, "N C"],
+    labels: Sequence[int] | Int[Tensor, "N"],  # true classes, 0..C-1
+    classes: Sequence[str],  # C names
+) -> pd.DataFrame:  # [C, C] counts: a row for each true class, a column for each answer
+    "Count how often each class was called each other."
+    scores, labels = _as_arrays(log_probs, labels, classes)
+    counts = count_confusions(labels, scores.argmax(1), len(classes)).sum(0)
+    return pd.DataFrame(counts, index=list(classes), columns=list(classes))
+
+
 def plot_confusion(
     ax: Axes,
-    log_probs: Float[Tensor, "N C"] | Float[np.ndarray, "N C"],
-    labels: Sequence[int],
-    classes: Sequence[str],  # C names
+    table: pd.DataFrame,  # of `confusion_table`
 ) -> Axes:
     "Draw the confusion matrix, in shares of each true class."
-    scores, labels = _as_arrays(log_probs, labels, classes)
-    table = count_confusions(labels, scores.argmax(1), len(classes)).sum(0)
-    shares = table / table.sum(1, keepdims=True).clip(min=1)
+    classes, items = list(table.index), table.sum(axis=1)
+    shares = table.div(items.clip(lower=1), axis=0)
     sns.heatmap(shares, ax=ax, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="Blues", cbar=False, square=True)
-    names = [f"{name} ({count})" for name, count in zip(classes, table.sum(1), strict=True)]
+    names = [f"{name} ({count})" for name, count in items.items()]
     ax.set_xticks(np.arange(len(classes)) + 0.5, classes, rotation=40, ha="right")
     ax.set_yticks(np.arange(len(classes)) + 0.5, names, rotation=0)
     ax.set(xlabel="judged", ylabel="labelled (items)")
     return ax
 
-# %% ../../nbs/attribute/40_scoring.ipynb #d00991b9
+# %% ../../nbs/attribute/40_scoring.ipynb #c13aa1fe
 def drop_known(
     test: Sequence[Example],
     train: Sequence[Example],
@@ -243,7 +251,7 @@ def drop_known(
     kept = [e for i, e in enumerate(test) if i not in exact and i not in near]
     return kept, {"tested": len(test), "exact": len(exact), "near": len(near), "kept": len(kept)}
 
-# %% ../../nbs/attribute/40_scoring.ipynb #fccaa636
+# %% ../../nbs/attribute/40_scoring.ipynb #87872524
 def learning_curve(
     fit_and_score: Callable[
         [list[Example]], Mapping[str, Interval]
@@ -264,7 +272,7 @@ def learning_curve(
         rows.append({"share": share, "examples": len(part), **fit_and_score(part)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/attribute/40_scoring.ipynb #99d8f303
+# %% ../../nbs/attribute/40_scoring.ipynb #3e28dba9
 def agreement(
     first: Float[Tensor, "N C"] | Float[np.ndarray, "N C"],  # log-probabilities of one reader
     second: Float[Tensor, "N C"] | Float[np.ndarray, "N C"],  # of the other
