@@ -145,6 +145,17 @@ def test_attribute_train_eval_and_probe(capsys, tmp_path, monkeypatch):
     assert set(tested["accuracy"]) == {"value", "low", "high", "n"}
     code, out, err = run(["attribute", "probe", "--set", "layers=[0, 4]", *few], capsys)
     assert code == 0 and json.loads(out)["metrics"], err
+    arguments = ["attribute", "eval", "head", "--odd-turns", "--part", "steer", "--set", "dtype=fp32"]
+    code, out, err = run(arguments, capsys)
+    assert code == 0 and out.split()[:4] == ["score", "this", "model", "words"], err
+
+
+def test_bench_features(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--model", "tiny-llama-random", "--set", "max_dialogues=4", "--set", "loop=2", "--set", "rounds=1"]
+    code, out, err = run(["bench", "features", *tiny, "--json"], capsys)
+    assert code == 0 and json.loads(out)["metrics"]["batched"]["median"] > 0, err
+    assert (tmp_path / "runs" / "attribute" / "bench-features.json").exists()
 
 
 @pytest.mark.parametrize(
