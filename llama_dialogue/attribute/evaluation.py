@@ -6,7 +6,7 @@
 __all__ = ['EvaluationConfig', 'load_attribute_model', 'evaluate_job', 'ProbeConfig', 'probe_job', 'probe_table',
            'bench_features', 'FeatureBench', 'bench_features_job']
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #8d67c889
+# %% ../../nbs/attribute/80_evaluation.ipynb #87af8fca
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ from ..core.models import ChatModel, load_chat_model
 from ..core.paths import sha256_file
 from ..core.records import RunRecord, identity, start_run
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #368322be
+# %% ../../nbs/attribute/80_evaluation.ipynb #bb4b744c
 @dataclass(frozen=True)
 class EvaluationConfig(Config):
     "What a saved model is tested on."
@@ -63,6 +63,7 @@ class EvaluationConfig(Config):
     part: str | None = None  # that third alone
     all_turns: bool = True
     balanced: bool = False  # equally many replies of each class
+    known: bool = False  # keep replies that also stand in the training split, as earlier work did
     dtype: str = "auto"  # of a head's chat model
     name: str = "evaluation"  # of the record
     seed: int = 0
@@ -108,7 +109,8 @@ def evaluate_job(
     chosen = select_part(chosen, config.part) if config.part else chosen
     test = labelled(make_examples(chosen, config.all_turns), target)
     own = {s: labelled(make_examples([d for d in corpus if d.split == s], True), target) for s in SPLITS}
-    test, overlap = drop_known(test, [] if config.split in (None, "train") else own["train"])
+    kept, overlap = drop_known(test, [] if config.split in (None, "train") else own["train"])
+    test = test if config.known else kept
     if config.balanced:
         test = balanced_sample(test, target, seed=config.seed)
     if not test:
@@ -145,7 +147,7 @@ def _predict(model: AttributeHead | Judge, test, chat: ChatModel | None, progres
         return model.predict(test, progress=bar)
     return model.predict(test, chat, bar)
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #52234b9a
+# %% ../../nbs/attribute/80_evaluation.ipynb #7031535c
 @dataclass(frozen=True)
 class ProbeConfig(ExampleConfig):
     "Which probes are trained."
@@ -204,7 +206,7 @@ def probe_table(
         for layer, scores in by_layer.items()
     )
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #c3e5f5b2
+# %% ../../nbs/attribute/80_evaluation.ipynb #95a28756
 def bench_features(
     chat: ChatModel,
     examples: Sequence[Example],
