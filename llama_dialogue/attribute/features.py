@@ -6,7 +6,7 @@
 __all__ = ['POOLINGS', 'METHOD', 'pooling_weights', 'layer_index', 'many_features', 'encode_replies', 'reply_features',
            'example_prompts', 'example_features', 'FeatureConfig', 'FeatureStore', 'random_prefixes', 'corpus_features']
 
-# %% ../../nbs/attribute/10_features.ipynb #8594924b
+# %% ../../nbs/attribute/10_features.ipynb #6aaaf9f1
 import copy
 import json
 from collections.abc import Sequence
@@ -25,11 +25,12 @@ from ..core.config import Config
 from ..core.dialogues import Example
 from ..core.errors import InputError, check_choice
 from ..core.generation import stop_token_ids
+from ..core.metrics import template_replies
 from ..core.models import ChatModel
 from ..core.paths import atomic_file, cache_dir, lock, sha256_text
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/attribute/10_features.ipynb #c92ae2a3
+# %% ../../nbs/attribute/10_features.ipynb #81acbdd9
 POOLINGS = ("steering", "reply", "last")
 
 
@@ -46,7 +47,7 @@ def pooling_weights(
     used = (place <= lengths) & ((place > 0) | (pooling == "steering") | (lengths == 0))
     return used.float() / used.sum(1, keepdim=True)
 
-# %% ../../nbs/attribute/10_features.ipynb #b0f6a9f5
+# %% ../../nbs/attribute/10_features.ipynb #c15bb1ee
 @dataclass(frozen=True)
 class _Row:
     "Tokens of a prompt and a reply."
@@ -99,7 +100,7 @@ def _find_hosts(
         guests[host].append(i)
     return guests
 
-# %% ../../nbs/attribute/10_features.ipynb #14e42830
+# %% ../../nbs/attribute/10_features.ipynb #32672a29
 def _batches(rows: Sequence[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
     "Sort rows by length, longest first, and cut them into batches of at most `budget` tokens."
     batches, order = [], sorted(rows, key=lambda i: (-lengths[i], i))
@@ -189,7 +190,7 @@ def _read_shared(chat: ChatModel, rows: list[_Row], layers: Sequence[int], budge
         for place, i in enumerate(own):
             yield i, [s[place, : 1 + len(rows[i].reply)] for s in states]
 
-# %% ../../nbs/attribute/10_features.ipynb #ca2ab57b
+# %% ../../nbs/attribute/10_features.ipynb #cd1188b8
 def layer_index(
     chat: ChatModel,
     layer: int | None,  # 0..L, or None for the final normed state
@@ -243,18 +244,15 @@ def _reading_weights(length: int, poolings: Sequence[str], prefixes: Tensor | No
         rows.append(pooling_weights(poolings[0], prefixes.clamp(0, length), length + 1))
     return torch.cat(rows)
 
-# %% ../../nbs/attribute/10_features.ipynb #38a25653
+# %% ../../nbs/attribute/10_features.ipynb #f23fd711
 def encode_replies(
     chat: ChatModel,
     replies: Sequence[str],  # texts
 ) -> list[list[int]]:  # token ids, the stop token at the end
     "Turn texts into the token ids that the model would have written."
-    return [
-        chat.tokenizer(text, add_special_tokens=False).input_ids + [chat.tokenizer.eos_token_id]
-        for text in replies
-    ]
+    return template_replies(chat.model, chat.tokenizer, replies)
 
-# %% ../../nbs/attribute/10_features.ipynb #4bffe8e5
+# %% ../../nbs/attribute/10_features.ipynb #63d7fa5f
 def reply_features(
     chat: ChatModel,
     prompts: Sequence[str],  # [N]; equal ones are read once
@@ -296,7 +294,7 @@ def example_features(
     prompts = example_prompts(chat, examples, system)
     return reply_features(chat, prompts, token_ids, layer, pooling, batch_tokens, progress)
 
-# %% ../../nbs/attribute/10_features.ipynb #877e9131
+# %% ../../nbs/attribute/10_features.ipynb #91f337d0
 METHOD = 1  # raise it when the numbers change: old caches are then left aside
 
 
@@ -369,7 +367,7 @@ class FeatureStore:
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard{number:04d}.safetensors"
 
-# %% ../../nbs/attribute/10_features.ipynb #7405d29f
+# %% ../../nbs/attribute/10_features.ipynb #e5292ac8
 def random_prefixes(
     examples: Sequence[Example],
     lengths: Sequence[int],  # tokens of each reply, without the stop token

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['split_words', 'distinct_n', 'distinct_interval', 'entropy_n', 'entropy_interval', 'repetition_n', 'reply_nll',
-           'perplexity', 'median_perplexity', 'encode_replies', 'text_nll', 'judged_scores']
+           'perplexity', 'median_perplexity', 'template_replies', 'text_nll', 'judged_scores']
 
-# %% ../../nbs/core/75_metrics.ipynb #52dee526
+# %% ../../nbs/core/75_metrics.ipynb #86775006
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -20,7 +20,7 @@ from .errors import InputError
 from .generation import stop_token_ids
 from .statistics import Interval, bootstrap_interval, rate_interval, ratio_interval
 
-# %% ../../nbs/core/75_metrics.ipynb #899d5e46
+# %% ../../nbs/core/75_metrics.ipynb #685003e4
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
@@ -42,7 +42,7 @@ def _check_replies(what: str, replies: Sequence[str], n: int) -> None:
     if isinstance(replies, str) or not len(replies) or n < 1:
         raise InputError(f"{what}-{n} of {replies!r}: need n >= 1 and a list of replies, e.g. ['Yes.'], n=1")
 
-# %% ../../nbs/core/75_metrics.ipynb #aea3fdc8
+# %% ../../nbs/core/75_metrics.ipynb #1cb78c11
 def distinct_n(
     replies: Sequence[str],
     n: int,  # words in a phrase, usually 1, 2 and 3
@@ -52,7 +52,7 @@ def distinct_n(
     grams = [gram for reply in replies for gram in _ngrams(reply, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
-# %% ../../nbs/core/75_metrics.ipynb #f675a71b
+# %% ../../nbs/core/75_metrics.ipynb #87b96eae
 def _grams_by_cluster(
     replies: Sequence[str], n: int, clusters: Sequence | None
 ) -> dict[Hashable, Counter[tuple[str, ...]]]:
@@ -91,7 +91,7 @@ def distinct_interval(
         left_out.append((len(users) - alone) / rest if rest else np.nan)
     return _jackknife(value, left_out, len(replies), most=1.0)
 
-# %% ../../nbs/core/75_metrics.ipynb #0f14fa39
+# %% ../../nbs/core/75_metrics.ipynb #bcc50d5c
 def _c_log_c(count: int) -> float:
     return count * np.log(count) if count else 0.0
 
@@ -106,7 +106,7 @@ def entropy_n(
     total = counts.total()
     return float(np.log(total) - sum(map(_c_log_c, counts.values())) / total) if total else 0.0
 
-# %% ../../nbs/core/75_metrics.ipynb #2520f859
+# %% ../../nbs/core/75_metrics.ipynb #2768007f
 def entropy_interval(
     replies: Sequence[str],
     n: int,  # words in a phrase
@@ -122,7 +122,7 @@ def entropy_interval(
         left_out.append(np.log(rest) - (spread - gone) / rest if rest else np.nan)
     return _jackknife(value, left_out, len(replies), most=np.inf)
 
-# %% ../../nbs/core/75_metrics.ipynb #18480c29
+# %% ../../nbs/core/75_metrics.ipynb #60e4b393
 def repetition_n(
     replies: Sequence[str],
     n: int = 4,  # words in a phrase
@@ -132,7 +132,7 @@ def repetition_n(
     grams = [_ngrams(reply, n) for reply in replies]
     return np.array([1 - len(set(g)) / len(g) if g else 0.0 for g in grams])
 
-# %% ../../nbs/core/75_metrics.ipynb #1b38151a
+# %% ../../nbs/core/75_metrics.ipynb #cbe76cd1
 @torch.inference_mode()
 def reply_nll(
     model: PreTrainedModel,  # the unsteered model
@@ -175,7 +175,7 @@ def reply_nll(
             nll[i] = -scores.gather(1, said[:, None]).double().sum().item()
     return nll, np.array([len(reply) for reply in replies])
 
-# %% ../../nbs/core/75_metrics.ipynb #aca6879a
+# %% ../../nbs/core/75_metrics.ipynb #5a9efc5c
 def perplexity(
     nll: Sequence[float],  # [N] nats of each reply
     tokens: Sequence[int],  # [N] tokens of each reply
@@ -184,7 +184,7 @@ def perplexity(
     "Estimate the token-weighted perplexity with its interval."
     return ratio_interval(nll, tokens, clusters, transform=np.exp)
 
-# %% ../../nbs/core/75_metrics.ipynb #c2655971
+# %% ../../nbs/core/75_metrics.ipynb #a62f39ce
 def median_perplexity(
     nll: Sequence[float],  # [N] nats of each reply
     tokens: Sequence[int],  # [N] tokens of each reply
@@ -198,8 +198,8 @@ def median_perplexity(
         )
     return bootstrap_interval(np.exp(nll / tokens), statistic=np.median, clusters=clusters)
 
-# %% ../../nbs/core/75_metrics.ipynb #e0ae3bf4
-def encode_replies(
+# %% ../../nbs/core/75_metrics.ipynb #39b9b279
+def template_replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     replies: Sequence[str],  # [N] texts, may be empty
@@ -232,11 +232,11 @@ def text_nll(
     Float[np.ndarray, "N"], Int[np.ndarray, "N"], Int[np.ndarray, "N"]
 ]:  # nats, tokens and words of each reply; its end counts as a token and as a word
     "Sum the negative log-likelihood of replies that come as text."
-    token_ids = encode_replies(model, tokenizer, replies)
+    token_ids = template_replies(model, tokenizer, replies)
     nll, tokens = reply_nll(model, tokenizer, prompts, token_ids, batch_tokens)
     return nll, tokens, np.array([1 + len(split_words(reply)) for reply in replies])
 
-# %% ../../nbs/core/75_metrics.ipynb #0e71bdfd
+# %% ../../nbs/core/75_metrics.ipynb #66f1d8d3
 def judged_scores(
     log_probs: Float[torch.Tensor, "N C"] | Float[np.ndarray, "N C"],  # of the judge, each row sums to 1
     labels: Sequence[int],  # [N] the wanted class, 0..C-1
