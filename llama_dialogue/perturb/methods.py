@@ -51,7 +51,7 @@ class SteeringConfig(Config):
     kl_scale: float = 0.01  # PPLM: pull towards the unperturbed distribution
     pplm_batch_size: int = 32  # rows perturbed together
     vector_layer: int | None = None  # vector: after how many layers it is added; None: half of them
-    vector_strength: float = 0.1  # vector: its length in typical hidden states of its layer
+    vector_strength: float = 0.3  # vector: its length in typical hidden states of its layer
     guide_strength: float = 1.0  # guided: power of the head's probability
     guide_top_k: int = 10  # guided: tokens that the head weighs, in the place of top_k
     guide_batch_size: int = 16  # guided: rows decoded together, each as long as guide_top_k
@@ -61,7 +61,7 @@ class SteeringConfig(Config):
         check_choice("system", self.system, SYSTEM_PROMPTS)
         for name in ("best_of", "pplm_batch_size", "guide_batch_size", "guide_top_k"):
             self._need(name, getattr(self, name) >= 1, "at least 1", 8)
-        for name, example in (("vector_strength", 0.1), ("guide_strength", 1.0), ("distilled_strength", 1.0)):
+        for name, example in (("vector_strength", 0.3), ("guide_strength", 1.0), ("distilled_strength", 1.0)):
             self._need(name, 0 <= getattr(self, name) < float("inf"), "a number of 0 or more", example)
         if self.vector_layer is not None:
             self._need("vector_layer", self.vector_layer >= 1, "1 or more, below the number of layers", 15)

@@ -199,6 +199,8 @@ def added_vector(
     if not 1 <= layer <= len(layers):
         raise InputError(f"layer={layer}: need 1..{len(layers)}, e.g. {(len(layers) + 1) // 2}")
 
+    vector = vector.to(model.device, model.dtype)  # once, not at every word
+
     def add(module, inputs, hidden):
         moved = hidden.clone()
         moved[:, -columns:] += vector.to(hidden)
