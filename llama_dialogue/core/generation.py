@@ -9,7 +9,7 @@ __all__ = ['row_uniforms', 'sample_rows', 'derive_seed', 'encode_prompts', 'stop
 
 # %% ../../nbs/core/60_generation.ipynb #bb989411
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 
@@ -186,6 +186,11 @@ class Generations:
     replies: list[str]  # without special tokens, stripped
     token_ids: list[list[int]]  # with the stop token
     stopped: list[bool]  # True: ended by a stop token, False: by max_new_tokens
+    failed: list[bool] = field(default_factory=list)  # True: cut short by a NaN; []: none was
+
+    def __post_init__(self):
+        if not self.failed:
+            object.__setattr__(self, "failed", [False] * len(self.replies))
 
 
 def generate(
@@ -218,11 +223,13 @@ def as_generations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     token_ids: list[list[int]],  # with the stop token
+    failed: list[bool] | None = None,  # rows that were cut short; None: no row
 ) -> Generations:
     "Decode token ids to replies, and say which of them ended by themselves."
     stops = set(stop_token_ids(model, tokenizer))
     replies = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in token_ids]
-    return Generations(replies, token_ids, [bool(ids) and ids[-1] in stops for ids in token_ids])
+    stopped = [bool(ids) and ids[-1] in stops for ids in token_ids]
+    return Generations(replies, token_ids, stopped, failed or [])
 
 
 def row_seeds(
@@ -281,4 +288,5 @@ def best_of_n(
     )
     best = scorer(numbers, out.token_ids).reshape(len(prompts), n).argmax(-1).tolist()
     kept = [i * n + k for i, k in enumerate(best)]
-    return Generations(*([column[i] for i in kept] for column in (out.replies, out.token_ids, out.stopped)))
+    columns = (out.replies, out.token_ids, out.stopped, out.failed)
+    return Generations(*([column[i] for i in kept] for column in columns))
