@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'demo_examples', 'score_rows', 'run_demo', 'replace_reply', 'demo_table', 'plot_demo', 'side_by_side']
 
-# %% ../../nbs/app/10_demo.ipynb #69dbf362
+# %% ../../nbs/app/10_demo.ipynb #f26bb02f
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..perturb.methods import METHODS, SteeringConfig, steer
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/app/10_demo.ipynb #03e3bea0
+# %% ../../nbs/app/10_demo.ipynb #4a95718c
 @dataclass(frozen=True)
 class DemoConfig(SteeringConfig):
     "What the demo runs."
@@ -40,7 +40,7 @@ class DemoConfig(SteeringConfig):
     split: str | None = None  # None: all splits; "test" where the corpus has an own test part
     n: int = 12  # contexts; each is steered towards each act
     acts: tuple[str, ...] = ACTS
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = ("none", "prompt", "best_of_n", "pplm")
     max_context: int = 9  # turns; longer contexts are passed over
     seed: int = 0
 
@@ -56,7 +56,7 @@ class DemoConfig(SteeringConfig):
                     f"{what}s={list(chosen)}: need one or more, each once, e.g. {what}s=[{next(iter(known))}]"
                 )
 
-# %% ../../nbs/app/10_demo.ipynb #d5d2e839
+# %% ../../nbs/app/10_demo.ipynb #a6d11181
 def demo_examples(
     corpus: Corpus,
     n: int,  # contexts
@@ -67,7 +67,7 @@ def demo_examples(
     free = replace(corpus, dialogues=tuple(select_part(corpus, "steer")))
     return one_context_each(free, n, max_context, seed)
 
-# %% ../../nbs/app/10_demo.ipynb #d26a77a1
+# %% ../../nbs/app/10_demo.ipynb #6ef648af
 def score_rows(
     rows: pd.DataFrame,  # of one method: dialogue_id, act, log-probabilities, nll, tokens, reply
 ) -> dict[str, Interval]:
@@ -80,7 +80,7 @@ def score_rows(
         "tokens": ratio_interval(rows.tokens, np.ones(len(rows)), clusters),
     }
 
-# %% ../../nbs/app/10_demo.ipynb #d06b69cc
+# %% ../../nbs/app/10_demo.ipynb #ae6904cc
 def run_demo(
     config: DemoConfig,
     out: Path | str | None = "runs",  # record and rows go to out/demo/; None: nothing is written
@@ -160,7 +160,7 @@ def replace_reply(
     "Put a generated reply in the place of the corpus' own."
     return replace(example, reply=Turn(reply.strip() or "..."))
 
-# %% ../../nbs/app/10_demo.ipynb #2f3a696e
+# %% ../../nbs/app/10_demo.ipynb #e2694c72
 def demo_table(
     record: RunRecord,
 ) -> pd.DataFrame:  # one row a method, intervals as text
@@ -205,7 +205,7 @@ def plot_demo(
     ax.set_title(f"{record.data['name']}: {n} contexts x {acts} acts, 95% intervals", fontsize="medium")
     return fig
 
-# %% ../../nbs/app/10_demo.ipynb #39ce2921
+# %% ../../nbs/app/10_demo.ipynb #f7109888
 def side_by_side(
     rows: pd.DataFrame,  # of run_demo
     dialogue_id: str,

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['reply_to']
 
-# %% ../../nbs/app/15_reply.ipynb #12bea442
-from ..attribute.defaults import default_head
+# %% ../../nbs/app/15_reply.ipynb #ced1254a
 from ..core.dialogues import ACTS, Turn
 from ..core.errors import InputError, check_choice
 from ..core.models import load_chat_model
 from ..perturb.layers import select_layers
-from ..perturb.methods import METHODS, NEED_HEAD, SteeringConfig, steer
+from ..perturb.making import load_steerers
+from ..perturb.methods import METHODS, SteeringConfig, steer
 
-# %% ../../nbs/app/15_reply.ipynb #f28828b3
+# %% ../../nbs/app/15_reply.ipynb #fe47703a
 def reply_to(
     turns: list[str],  # the context, an odd number of turns; the last one is answered
     act: str | None = None,  # wanted act; needed by every method but none
@@ -44,6 +44,6 @@ def reply_to(
     config = config or SteeringConfig()
     chat = load_chat_model(model)
     select_layers(config.layers, chat.num_layers)
-    head = default_head(chat) if method in NEED_HEAD else None
-    out = steer(method, chat, head, [context], [wanted], config, seed)
+    steerers = load_steerers([method], chat)
+    out = steer(method, chat, steerers, [context], [wanted], config, seed)
     return {"reply": out.replies[0], "act": act, "method": method, "seed": seed, "stopped": out.stopped[0]}

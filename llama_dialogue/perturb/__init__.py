@@ -5,4 +5,9 @@ from .cache import *
 from .settings import *
 from .pplm import *
 from .reference import *
+from .vectors import *
+from .guided import *
+from .distil import *
 from .methods import *
+from .making import *
+from .report import *
