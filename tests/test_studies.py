@@ -6,10 +6,12 @@ import pytest
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
+from llama_dialogue.attribute.experiment import model_card
 from llama_dialogue.core.records import RunRecord, check_rendered, load_rows, results_dir
 
 CFG = get_config()
 STUDIES = [p for p in nbglob(as_path=True).sorted() if p.stem.endswith("_study") or p.name == "index.ipynb"]
+CARDS = sorted((results_dir() / "attribute").glob("*.md"))
 RECORDS = sorted(results_dir().rglob("*.json"))
 
 
@@ -26,6 +28,13 @@ def test_record_is_whole_and_has_its_config(path):
     if record.rows:
         rows = load_rows(path.with_name(record.rows))
         assert len(rows) and not {"context", "text"} & set(rows.columns)
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda p: p.name)
+def test_card_says_what_its_record_says(path):
+    record = RunRecord.load(path.with_suffix(".json"))
+    kind = "judge" if "encoder" in record.config else "head"
+    assert path.read_text(encoding="utf-8") == model_card(record, kind)
 
 
 def test_figures_that_the_docs_show_exist():
