@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Attribute', 'single_tokens', 'BagOfWords', 'Weighted', 'as_parts', 'check_parts']
 
-# %% ../../nbs/perturb/16_attributes.ipynb #e1c12d91
+# %% ../../nbs/perturb/16_attributes.ipynb #d384b3f5
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..attribute.head import AttributeHead
 from ..core.errors import InputError
 
-# %% ../../nbs/perturb/16_attributes.ipynb #b59ce6cb
+# %% ../../nbs/perturb/16_attributes.ipynb #333b14d9
 def single_tokens(
     tokenizer: PreTrainedTokenizerBase,
     words: Sequence[str],  # as they are written in a text, e.g. "bread"; case counts
@@ -32,7 +32,7 @@ def single_tokens(
         found |= {word: ids[-1]} if fits and word.strip() else {}
     return found
 
-# %% ../../nbs/perturb/16_attributes.ipynb #5376cf24
+# %% ../../nbs/perturb/16_attributes.ipynb #a980a385
 class BagOfWords:
     "Bags of tokens as classes; the score of a class is its bag's share of the next token."
 
@@ -78,7 +78,7 @@ class BagOfWords:
             self._tensors[device] = [torch.tensor(ids, device=device) for ids in self.token_ids]
         return torch.stack([log_probs[..., ids].logsumexp(-1) for ids in self._tensors[device]], -1)
 
-# %% ../../nbs/perturb/16_attributes.ipynb #eae36d2f
+# %% ../../nbs/perturb/16_attributes.ipynb #03d07e0e
 @dataclass(frozen=True)
 class Weighted:
     "An attribute and its weight in the loss."
@@ -112,7 +112,7 @@ def as_parts(
             )
     return parts, [tuple(label) for label in labels]
 
-# %% ../../nbs/perturb/16_attributes.ipynb #5fcbfce7
+# %% ../../nbs/perturb/16_attributes.ipynb #7b5acf94
 def check_parts(
     model: PreTrainedModel,
     parts: Sequence[Weighted],  # P

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expected_embedding', 'next_token_probs', 'PPLMTrace', 'PPLMOutput', 'generate_pplm']
 
-# %% ../../nbs/perturb/20_pplm.ipynb #f56a75c2
+# %% ../../nbs/perturb/20_pplm.ipynb #6dbe7ee2
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ from .attributes import Attribute, BagOfWords, as_parts
 from .cache import GrowingCache, attention_by, frozen, run_layers
 from .settings import PPLMConfig, check_request, position_mask
 
-# %% ../../nbs/perturb/20_pplm.ipynb #15b0f64f
+# %% ../../nbs/perturb/20_pplm.ipynb #5c957d49
 def expected_embedding(
     model: PreTrainedModel,
     probs: Float[Tensor, "B V"],
@@ -41,7 +41,7 @@ def expected_embedding(
     mixed = probs.to(table.weight.dtype) @ table.weight
     return (mixed * getattr(table, "embed_scale", 1.0)).to(mixed.dtype)[:, None]
 
-# %% ../../nbs/perturb/20_pplm.ipynb #ad32f35f
+# %% ../../nbs/perturb/20_pplm.ipynb #f98d44e4
 def next_token_probs(
     logits: Float[Tensor, "B V"],  # of the perturbed model
     log_unperturbed: Float[Tensor, "B V"],  # log-probabilities of the unperturbed one
@@ -53,7 +53,7 @@ def next_token_probs(
     mixed = config.gm_scale * log_softmax(logits, -1) + (1 - config.gm_scale) * log_unperturbed
     return keep_top_k(mixed.softmax(-1), config.top_k)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #a1d1faba
+# %% ../../nbs/perturb/20_pplm.ipynb #a8833291
 class _Steering:
     "A batch of replies that is being steered."
 
@@ -115,7 +115,7 @@ class _Steering:
         "Give the next token's logits, in float32 at least."
         return self.model.get_output_embeddings()(hidden)[:, 0].to(self.dtype)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #579ff5c0
+# %% ../../nbs/perturb/20_pplm.ipynb #e92f2c7d
 @patch
 @torch.no_grad()
 def read(self: _Steering) -> None:
@@ -131,7 +131,7 @@ def read(self: _Steering) -> None:
     self.log_unperturbed = log_softmax(self._logits(self.hidden), -1)
     self.unperturbed.keep_token()
 
-# %% ../../nbs/perturb/20_pplm.ipynb #f3cbef11
+# %% ../../nbs/perturb/20_pplm.ipynb #b10f555c
 @patch
 @torch.enable_grad()
 def look_ahead(self: _Steering) -> tuple[Tensor, Tensor, Tensor]:  # [B], [B P], [B]
@@ -183,7 +183,7 @@ def log_targets(
         columns.append(scores.gather(1, labels[:, None]))
     return torch.cat(columns, 1)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #1b5919bb
+# %% ../../nbs/perturb/20_pplm.ipynb #187019b7
 @patch
 @torch.no_grad()
 def move(
@@ -207,7 +207,7 @@ def move(
         norms.append(norm)
     return torch.stack(norms, -1)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #b6c03cd1
+# %% ../../nbs/perturb/20_pplm.ipynb #243ee982
 @patch
 @torch.no_grad()
 def choose(
@@ -243,7 +243,7 @@ def advance(
     for name in ("tokens", "positions", "seen", "uniforms", "labels", "past_hidden"):
         setattr(self, name, getattr(self, name)[order])
 
-# %% ../../nbs/perturb/20_pplm.ipynb #1771e763
+# %% ../../nbs/perturb/20_pplm.ipynb #49a93479
 @dataclass(frozen=True)
 class PPLMTrace:
     "What happened to one row, token by token (T) and iteration by iteration (I)."
@@ -266,7 +266,7 @@ class PPLMOutput:
     traces: list[PPLMTrace] | None = None  # by row
     deltas: list[list[Float[Tensor, "L 2 K T D"]]] | None = None  # by row and token: keys, values
 
-# %% ../../nbs/perturb/20_pplm.ipynb #3760f464
+# %% ../../nbs/perturb/20_pplm.ipynb #5f6a58f8
 def generate_pplm(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
