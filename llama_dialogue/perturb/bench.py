@@ -8,7 +8,7 @@ __all__ = ['LLAMA_2_7B', 'GOALS', 'BenchConfig', 'bench_prompts', 'never_stoppin
            'memory_in_own_process', 'surviving_share', 'first_steps', 'surviving_shares', 'random_llama',
            'measure_shape', 'bench_perturb', 'bench_table']
 
-# %% ../../nbs/perturb/55_bench.ipynb #a236c83b
+# %% ../../nbs/perturb/55_bench.ipynb #28756332
 import contextlib
 import copy
 import json
@@ -48,7 +48,7 @@ from .pplm import generate_pplm
 from .reference import reference_pplm
 from .settings import PPLMConfig
 
-# %% ../../nbs/perturb/55_bench.ipynb #a9b99120
+# %% ../../nbs/perturb/55_bench.ipynb #679f7c10
 @dataclass(frozen=True)
 class BenchConfig(Config):
     "What is timed, on what, how often."
@@ -96,7 +96,7 @@ class BenchConfig(Config):
             max_new_tokens=self.new_tokens + extra,
         )
 
-# %% ../../nbs/perturb/55_bench.ipynb #627bf155
+# %% ../../nbs/perturb/55_bench.ipynb #637a007b
 def bench_prompts(
     tokenizer: PreTrainedTokenizerBase,
     rows: int,  # B
@@ -134,7 +134,7 @@ def never_stopping(
     finally:
         settings.eos_token_id = before
 
-# %% ../../nbs/perturb/55_bench.ipynb #ab353c6b
+# %% ../../nbs/perturb/55_bench.ipynb #33082ca3
 @dataclass(frozen=True)
 class TokenTimes:
     "Seconds of one run, by token."
@@ -180,7 +180,7 @@ def time_tokens(
     wall, cpu = ([b[i] - a[i] for a, b in zip(starts, starts[1:], strict=False)] for i in (0, 1))
     return TokenTimes(wall, cpu, firsts)
 
-# %% ../../nbs/perturb/55_bench.ipynb #03cbfe33
+# %% ../../nbs/perturb/55_bench.ipynb #95acb7ec
 def spread(
     values: Sequence[float],  # one a round
 ) -> dict[str, float]:  # median, min, max, runs
@@ -233,13 +233,17 @@ def time_in_turns(
             bar.update()
     return rounds
 
-# %% ../../nbs/perturb/55_bench.ipynb #8e598a25
+# %% ../../nbs/perturb/55_bench.ipynb #57cf7f0b
 def speed_figures(
     rounds: dict[str, list[TokenTimes]],  # as `time_in_turns` gives them
     config: BenchConfig,
 ) -> dict[str, dict]:  # each a `spread`
     "Turn times into tokens a second, plain steps and milliseconds."
-    rows, seconds = config.dialogues, {name: [run.median() for run in runs] for name, runs in rounds.items()}
+    rows = config.dialogues
+    seconds, cpu, passes = (
+        {name: [run.median(what) for run in runs] for name, runs in rounds.items()}
+        for what in ("wall", "cpu", "first_pass")
+    )
     first = f"{config.layers[0]} x {rows}"
     figures = {"tokens_per_second": {"generate": spread([rows / t for t in seconds["generate"]])}}
     figures["tokens_per_second"] |= {
@@ -247,32 +251,31 @@ def speed_figures(
     }
     if "reference" in seconds:
         figures["tokens_per_second"]["reference"] = spread([1 / t for t in seconds["reference"]])
-        pairs = zip(seconds["reference"], seconds[first], strict=True)
-        figures["speedup_over_reference"] = spread([rows * alone / together for alone, together in pairs])
+        figures["speedup_over_reference"] = _ratio(seconds["reference"], seconds[first], rows)
+        figures["speedup_over_reference_by_cpu_time"] = _ratio(cpu["reference"], cpu[first], rows)
     figures["plain_steps_a_token"] = {
         layers: {
             "of_generate": _ratio(seconds[f"{layers} x {rows}"], seconds["generate"]),
-            "of_the_engine": _ratio(
-                seconds[f"{layers} x {rows}"],
-                [run.median("first_pass") for run in rounds[f"{layers} x {rows}"]],
-            ),
+            "of_generate_by_cpu_time": _ratio(cpu[f"{layers} x {rows}"], cpu["generate"]),
+            "of_the_engine": _ratio(seconds[f"{layers} x {rows}"], passes[f"{layers} x {rows}"]),
         }
         for layers in config.layers
     }
     figures["milliseconds_a_token_row"] = {
         str(n): spread([1000 * t / n for t in seconds[f"{config.layers[0]} x {n}"]]) for n in config.sweep
     }
+    kinds = {"wall": seconds, "cpu": cpu, "first_pass": passes}
     figures["milliseconds_a_token"] = {
-        name: {what: spread([1000 * run.median(what) for run in runs]) for what in ("wall", "cpu")}
-        for name, runs in rounds.items()
+        name: {what: spread([1000 * t for t in values[name]]) for what, values in kinds.items()}
+        for name in rounds
     }
     return figures
 
 
-def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    return spread([a / b for a, b in zip(above, below, strict=True)])
+def _ratio(above: Sequence[float], below: Sequence[float], scale: float = 1) -> dict[str, float]:
+    return spread([scale * a / b for a, b in zip(above, below, strict=True)])
 
-# %% ../../nbs/perturb/55_bench.ipynb #390df248
+# %% ../../nbs/perturb/55_bench.ipynb #bb6c8f4c
 def plain_cache_mb(
     model: PreTrainedModel,
     rows: int,  # B
@@ -360,16 +363,16 @@ def memory_in_own_process(
         )
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../../nbs/perturb/55_bench.ipynb #a98d1614
+# %% ../../nbs/perturb/55_bench.ipynb #db28e3a7
 def surviving_share(
     cache: Float[Tensor, "..."],  # keys or values
     step: Float[Tensor, "..."],  # what is added to them, float32
     dtype: torch.dtype,  # that the sum is rounded to
-) -> float:  # 1: the whole step, 0: nothing of it
-    "Project what a rounded cache moved onto the step."
+) -> tuple[float, float]:  # of the step: 1 all, 0 nothing; of the numbers: those that move at all
+    "Compare what a rounded cache moved with the step."
     stored = cache.to(dtype).float()
     moved = (stored + step).to(dtype).float() - stored
-    return float((moved * step).sum() / step.square().sum())
+    return float((moved * step).sum() / step.square().sum()), float((moved != 0).float().mean())
 
 
 @torch.no_grad()
@@ -397,19 +400,24 @@ def surviving_shares(
     head: AttributeHead,
     prompts: Sequence[str],
     step_sizes: Sequence[float],
-) -> dict[str, dict[str, dict[str, float]]]:  # dtype -> step size -> `spread` over layers and prompts
-    "Measure what 16-bit caches keep of steps of some sizes."
-    shares = {}
+) -> dict[
+    str, dict[str, dict[str, dict[str, float]]]
+]:  # of_step, of_numbers -> dtype -> step size -> `spread`
+    "Measure what 16-bit caches keep of steps of some sizes, over prompts and layers."
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    found = {(name, str(size)): [] for name in dtypes for size in step_sizes}
     for cache, step in first_steps(chat, head, prompts):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for size in step_sizes:
-                found = shares.setdefault(str(dtype).removeprefix("torch."), {}).setdefault(str(size), [])
-                found.append(surviving_share(cache, size * step, dtype))
+        for name, size in found:
+            found[name, size].append(surviving_share(cache, float(size) * step, dtypes[name]))
     return {
-        dtype: {size: spread(found) for size, found in by_size.items()} for dtype, by_size in shares.items()
+        what: {
+            name: {str(size): spread([pair[i] for pair in found[name, str(size)]]) for size in step_sizes}
+            for name in dtypes
+        }
+        for i, what in enumerate(("of_step", "of_numbers"))
     }
 
-# %% ../../nbs/perturb/55_bench.ipynb #1be18ea9
+# %% ../../nbs/perturb/55_bench.ipynb #703e1793
 LLAMA_2_7B = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -452,7 +460,7 @@ def measure_shape(
         figures["gpu"] = torch.cuda.get_device_name()
     return figures | {"shape": shape, "rows": rows}
 
-# %% ../../nbs/perturb/55_bench.ipynb #81af1473
+# %% ../../nbs/perturb/55_bench.ipynb #a6a4fd66
 def bench_perturb(
     config: BenchConfig | None = None,
     folder: Path | str | None = None,  # of the records, e.g. data/results; None: not saved
