@@ -8,7 +8,8 @@ import torch
 
 from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.generation import GenerationConfig, generate
-from llama_dialogue.core.models import tiny_chat_model
+from llama_dialogue.core.models import byte_tokenizer, tiny_chat_model
+from llama_dialogue.perturb.attributes import BagOfWords, Weighted
 from llama_dialogue.perturb.pplm import PPLMConfig, generate_pplm
 from llama_dialogue.perturb.reference import reference_pplm
 
@@ -52,8 +53,8 @@ def head():
     return SimpleNamespace(weight=weight, bias=torch.zeros(4), classes=["a", "b", "c", "d"], layer=None)
 
 
-def assert_equal_to_reference(chat, head, prompts, config):
-    labels, seeds = [i % 4 for i in range(len(prompts))], [100 + i for i in range(len(prompts))]
+def assert_equal_to_reference(chat, head, prompts, config, labels=None):
+    labels, seeds = labels or [i % 4 for i in range(len(prompts))], [100 + i for i in range(len(prompts))]
     out = generate_pplm(
         chat.model, chat.tokenizer, prompts, labels, head, config, seeds=seeds, return_deltas=True
     )
@@ -230,3 +231,138 @@ def test_past_a_sliding_window_is_refused(head):
     chat.model.config.sliding_window = 16
     with pytest.raises(InputError, match="sliding window"):
         generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], [0], head)
+
+
+BAGS = BagOfWords({"a-e": list(range(68, 73)), "vowels": [68, 72, 76, 82, 88], "z": [93]})
+
+
+@pytest.fixture(scope="module")
+def emotion_head():
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(3, 64, generator=generator, dtype=torch.float64)
+    return SimpleNamespace(weight=weight, bias=torch.ones(3), classes=["x", "y", "z"], layer=4)
+
+
+ATTRIBUTES = {
+    "bag": (lambda act, emotion: BAGS, [2, 1, 0], dict(layers="upper")),
+    "bag, no KL": (lambda act, emotion: BAGS, [0, 0, 2], dict(layers="all", kl_scale=0.0, horizon_length=3)),
+    "two heads": (
+        lambda act, emotion: [Weighted(act, 2.0), Weighted(emotion)],
+        [(0, 2), (3, 0), (1, 1)],
+        dict(layers="middle", horizon_length=2),
+    ),
+    "head and bag": (
+        lambda act, emotion: [Weighted(act), Weighted(BAGS, 0.3)],
+        [(0, 2), (3, 0), (1, 1)],
+        dict(layers="all", window_length=6),
+    ),
+    "two heads and a bag": (
+        lambda act, emotion: (Weighted(BAGS, 0.1), Weighted(emotion, 0.5), Weighted(act)),
+        [(0, 2, 3), (1, 1, 0), (2, 0, 2)],
+        dict(layers=(1, 3), sample=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ATTRIBUTES)
+def test_attributes_equal_reference(chat, head, emotion_head, case):
+    make, labels, change = ATTRIBUTES[case]
+    config = PPLMConfig(**{"step_size": 0.3, "max_new_tokens": 3} | change)
+    assert_equal_to_reference(chat, make(head, emotion_head), PROMPTS[:3], config, labels)
+
+
+def test_rows_with_several_labels_end_early(head, emotion_head):
+    chat = tiny_chat_model("gemma", dtype=torch.float64)
+    chat.model.generation_config.eos_token_id = list(range(0, 260, 3))
+    parts = [Weighted(head), Weighted(emotion_head, 0.5), Weighted(BAGS, 2.0)]
+    labels = [(i % 4, i % 3, (i + 1) % 3) for i in range(5)]
+    config = PPLMConfig(layers="upper", step_size=0.3, max_new_tokens=6, top_k=0)
+    out = assert_equal_to_reference(chat, parts, PROMPTS[:5], config, labels)
+    assert any(out.stopped) and len({len(ids) for ids in out.token_ids}) > 1
+
+
+def test_one_part_is_the_attribute_alone(head):
+    chat = tiny_chat_model("llama", dtype=torch.float64)
+    config = PPLMConfig(step_size=0.3, max_new_tokens=2)
+    alone = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [1, 2], head, config, trace=True)
+    part = generate_pplm(
+        chat.model, chat.tokenizer, PROMPTS[:2], [(1,), (2,)], [Weighted(head)], config, trace=True
+    )
+    assert alone.token_ids == part.token_ids and alone.losses == part.losses
+    assert alone.traces[0].target_probability.shape == (2, 3)
+
+
+def test_a_trace_tells_the_parts_apart(head):
+    chat = tiny_chat_model("llama", dtype=torch.float64)
+    parts = [Weighted(head), Weighted(BAGS, 0.5)]
+    config = PPLMConfig(step_size=0.3, kl_scale=0.0, max_new_tokens=2)
+    out = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], [(1, 2)], parts, config, trace=True)
+    probability = out.traces[0].target_probability
+    assert probability.shape == (2, 3, 2)
+    expected = -probability[..., 0].log() - 0.5 * probability[..., 1].log()
+    torch.testing.assert_close(out.traces[0].loss, expected)
+
+
+def test_a_bag_alone_looks_no_step_ahead():
+    chat = tiny_chat_model("llama")
+    calls = []
+    hook = chat.model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    layer = chat.model.get_decoder().layers[0].register_forward_hook(lambda *_: calls.append(0))
+    try:
+        config = PPLMConfig(num_iterations=3, max_new_tokens=1)
+        generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], BAGS, config)
+    finally:
+        hook.remove()
+        layer.remove()
+    assert calls.count(1) == 5 and calls.count(0) == 1 + 5  # the prompt; read, three times look, choose
+
+
+def test_attributes_that_do_not_fit_are_refused_before_any_work(head):
+    chat = tiny_chat_model("llama")
+    narrow = SimpleNamespace(**vars(head) | {"weight": torch.zeros(4, 32)})
+    several = [Weighted(head), Weighted(BAGS)]
+    for bad, labels, told in (
+        (BAGS, [3], "label 3: need one of 0 \\(a-e\\), 1 \\(vowels\\)"),
+        (BagOfWords({"far": [260]}), [0], "token 260"),
+        ([Weighted(head), Weighted(narrow)], [(0, 0)], "shape"),
+        (several, [(0, 3)], "label 3"),
+        (several, [0], "one class id for each"),
+        (several, [(0,)], "one class id for each"),
+        (several, [(0, 0), (0, 0)], "2 labels for 1 prompts"),
+        ([], [()], "no attribute"),
+    ):
+        with pytest.raises(InputError, match=told):
+            generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], labels, bad)
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), "1", None, True])
+def test_weights_are_finite_and_positive(head, weight):
+    with pytest.raises(InputError, match="weight="):
+        Weighted(head, weight)
+
+
+def word_tokenizer(prepend):
+    "Words and pieces of words as Llama-2's SentencePiece writes them, with the space before a word in its token."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", ".", "\u2581.", "\u2581", "\u2581sea", "\u2581light", "house", "sea"]
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("prepend", ["always", "never"])
+def test_words_are_found_behind_a_space(prepend):
+    tokenizer = word_tokenizer(prepend)
+    bags = BagOfWords.from_words(tokenizer, {"sea": ["sea"]})
+    assert tokenizer.convert_ids_to_tokens(bags.token_ids[0]) == ["\u2581sea"]
+    with pytest.raises(InputError, match="'lighthouse', '\u00e9'"):
+        BagOfWords.from_words(tokenizer, {"sea": ["sea", "lighthouse", "\u00e9"]})
+
+
+@pytest.mark.parametrize("bags", [{}, {"a": []}, {"a": "boat"}, {"a": ["boat"]}, {"a": [" "]}])
+def test_bags_without_usable_words_are_refused(bags):
+    with pytest.raises(InputError, match="bag"):
+        BagOfWords.from_words(byte_tokenizer(), bags)

@@ -2,8 +2,10 @@
 
 from .layers import *
 from .cache import *
+from .attributes import *
 from .settings import *
 from .pplm import *
+from .traces import *
 from .reference import *
 from .vectors import *
 from .guided import *
@@ -11,3 +13,4 @@ from .distil import *
 from .methods import *
 from .making import *
 from .report import *
+from .own_attribute import *

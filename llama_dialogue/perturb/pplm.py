@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expected_embedding', 'next_token_probs', 'PPLMTrace', 'PPLMOutput', 'generate_pplm']
 
-# %% ../../nbs/perturb/20_pplm.ipynb #6c1b5068
+# %% ../../nbs/perturb/20_pplm.ipynb #6dbe7ee2
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,6 @@ from torch.nn.functional import linear, log_softmax
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attribute.head import AttributeHead
 from llama_dialogue.core.generation import (
     apply_repetition_penalty,
     as_generations,
@@ -28,10 +27,11 @@ from llama_dialogue.core.generation import (
     sample_rows,
     stop_token_ids,
 )
+from .attributes import Attribute, BagOfWords, as_parts
 from .cache import GrowingCache, attention_by, frozen, run_layers
 from .settings import PPLMConfig, check_request, position_mask
 
-# %% ../../nbs/perturb/20_pplm.ipynb #564be718
+# %% ../../nbs/perturb/20_pplm.ipynb #5c957d49
 def expected_embedding(
     model: PreTrainedModel,
     probs: Float[Tensor, "B V"],
@@ -41,7 +41,7 @@ def expected_embedding(
     mixed = probs.to(table.weight.dtype) @ table.weight
     return (mixed * getattr(table, "embed_scale", 1.0)).to(mixed.dtype)[:, None]
 
-# %% ../../nbs/perturb/20_pplm.ipynb #91b6bc2f
+# %% ../../nbs/perturb/20_pplm.ipynb #f98d44e4
 def next_token_probs(
     logits: Float[Tensor, "B V"],  # of the perturbed model
     log_unperturbed: Float[Tensor, "B V"],  # log-probabilities of the unperturbed one
@@ -53,18 +53,22 @@ def next_token_probs(
     mixed = config.gm_scale * log_softmax(logits, -1) + (1 - config.gm_scale) * log_unperturbed
     return keep_top_k(mixed.softmax(-1), config.top_k)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #f4e79f57
+# %% ../../nbs/perturb/20_pplm.ipynb #a8833291
 class _Steering:
     "A batch of replies that is being steered."
 
-    def __init__(self, model, tokenizer, prompts, labels, head, config, seeds):
+    def __init__(self, model, tokenizer, prompts, labels, attribute, config, seeds):
         self.model, self.config, device = model, config, model.device
         ids, mask = (t.to(device) for t in encode_prompts(tokenizer, prompts))
-        self.layers = check_request(model, mask.sum(-1).tolist(), labels, head, config)
+        parts, labels = as_parts(attribute, labels)
+        self.layers = check_request(model, mask.sum(-1).tolist(), parts, labels, config)
         self.every = range(model.config.num_hidden_layers)
         self.upper = range(self.layers.start, len(self.every))
         self.dtype = torch.promote_types(model.dtype, torch.float32)
-        self.head = [t.detach().to(device, self.dtype) for t in (head.weight, head.bias)]
+        self.weights = torch.tensor([part.weight for part in parts], device=device, dtype=self.dtype)
+        self.attributes = [self._prepared(part.attribute) for part in parts]
+        heads = [a for a in self.attributes if not isinstance(a, BagOfWords)]
+        self.horizon = config.horizon_length if heads else 0
         self.rows, self.step = list(range(len(prompts))), 0
         self.labels = torch.tensor(labels, device=device)
         self.uniforms = row_uniforms(seeds, config.max_new_tokens).to(device)
@@ -74,6 +78,12 @@ class _Steering:
         self.seen.scatter_(1, torch.where(mask.bool(), ids, ids[:, -1:]), True)
         self.past_hidden = torch.zeros(len(ids), model.config.hidden_size, dtype=self.dtype, device=device)
         self._read_prompts(prompts, ids[:, :-1], mask[:, :-1])
+
+    def _prepared(self, attribute) -> BagOfWords | list[Tensor]:
+        "Bring a head's weight and bias to the device."
+        if isinstance(attribute, BagOfWords):
+            return attribute
+        return [t.detach().to(self.weights) for t in (attribute.weight, attribute.bias)]
 
     @torch.no_grad()
     def _read_prompts(self, prompts, ids, mask) -> None:
@@ -90,7 +100,7 @@ class _Steering:
                 past_key_values=prefill,
                 use_cache=True,
             )
-        steps, ahead = self.config.max_new_tokens, self.config.horizon_length
+        steps, ahead = self.config.max_new_tokens, self.horizon
         common = {"prefill": prefill, "rows": rows, "real": mask.bool(), "wide_dtype": self.dtype}
         common["model"] = self.model
         self.unperturbed = GrowingCache(layers=self.every, wide=range(0), room=steps + ahead, **common)
@@ -105,13 +115,13 @@ class _Steering:
         "Give the next token's logits, in float32 at least."
         return self.model.get_output_embeddings()(hidden)[:, 0].to(self.dtype)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #d0e80dab
+# %% ../../nbs/perturb/20_pplm.ipynb #e92f2c7d
 @patch
 @torch.no_grad()
 def read(self: _Steering) -> None:
     "Run the unperturbed model on the last token."
     embedded = self.model.get_input_embeddings()(self.tokens[:, None])
-    ahead = torch.arange(1 + self.config.horizon_length, device=embedded.device)
+    ahead = torch.arange(1 + self.horizon, device=embedded.device)
     positions = self.positions[:, None] + ahead
     self.rotations = self.model.get_decoder().rotary_emb(embedded, position_ids=positions)
     rotation = tuple(t[:, :1] for t in self.rotations)
@@ -121,32 +131,59 @@ def read(self: _Steering) -> None:
     self.log_unperturbed = log_softmax(self._logits(self.hidden), -1)
     self.unperturbed.keep_token()
 
-# %% ../../nbs/perturb/20_pplm.ipynb #e767abba
+# %% ../../nbs/perturb/20_pplm.ipynb #b10f555c
 @patch
 @torch.enable_grad()
-def look_ahead(self: _Steering) -> tuple[Tensor, Tensor, Tensor]:  # [B] each
-    "Compute loss, target probability and KL of each row; leave the gradients on the perturbed cache."
-    config, entering = self.config, self.entering.detach().requires_grad_()
+def look_ahead(self: _Steering) -> tuple[Tensor, Tensor, Tensor]:  # [B], [B P], [B]
+    "Compute loss, target probabilities and KL of each row; leave the gradients on the perturbed cache."
+    entering = self.entering.detach().requires_grad_()
     hidden = self._hidden(entering, 0, self.perturbed, self.upper)
     log_probs = log_softmax(self._logits(hidden), -1)
     probs = log_probs.exp()
     kl = (probs * (log_probs - self.log_unperturbed)).sum(-1)
-    total = self.past_hidden + hidden.detach()[:, 0]
-    for ahead in range(1, config.horizon_length + 1):
-        expected = expected_embedding(self.model, probs)
-        hidden = self._hidden(expected, ahead, self.unperturbed, self.every)
-        total = total + hidden[:, 0]
-        if ahead < config.horizon_length:
-            probs = self._logits(hidden).softmax(-1)
-    feature = total / (self.step + 1 + config.horizon_length)
-    log_target = log_softmax(linear(feature, *self.head), -1).gather(1, self.labels[:, None])[:, 0]
-    loss = config.kl_scale * kl - log_target
+    feature = self.feature(hidden.detach()[:, 0], probs) if self.horizon else None
+    log_targets = self.log_targets(feature, log_probs)
+    loss = self.config.kl_scale * kl - (self.weights * log_targets).sum(-1)
     torch.autograd.grad(loss.sum(), entering)
     for cache in (self.perturbed, self.unperturbed):
         cache.start_pass()
-    return loss.detach(), log_target.detach().exp(), kl.detach()
+    return loss.detach(), log_targets.detach().exp(), kl.detach()
 
-# %% ../../nbs/perturb/20_pplm.ipynb #c3d22694
+
+@patch
+def feature(
+    self: _Steering,
+    newest: Float[Tensor, "B E"],  # final hidden state of the last token
+    probs: Float[Tensor, "B V"],
+) -> Float[Tensor, "B E"]:
+    "Average the reply's hidden states so far, the newest one, and those of the steps ahead."
+    total = self.past_hidden + newest
+    for ahead in range(1, self.horizon + 1):
+        expected = expected_embedding(self.model, probs)
+        hidden = self._hidden(expected, ahead, self.unperturbed, self.every)
+        total = total + hidden[:, 0]
+        if ahead < self.horizon:
+            probs = self._logits(hidden).softmax(-1)
+    return total / (self.step + 1 + self.horizon)
+
+
+@patch
+def log_targets(
+    self: _Steering,
+    feature: Float[Tensor, "B E"] | None,  # what heads read
+    log_probs: Float[Tensor, "B V"],  # what bags read
+) -> Float[Tensor, "B P"]:
+    "Give each part's log-score of the row's label."
+    columns = []
+    for attribute, labels in zip(self.attributes, self.labels.T, strict=True):
+        if isinstance(attribute, BagOfWords):
+            scores = attribute(log_probs)
+        else:
+            scores = log_softmax(linear(feature, *attribute), -1)
+        columns.append(scores.gather(1, labels[:, None]))
+    return torch.cat(columns, 1)
+
+# %% ../../nbs/perturb/20_pplm.ipynb #187019b7
 @patch
 @torch.no_grad()
 def move(
@@ -170,7 +207,7 @@ def move(
         norms.append(norm)
     return torch.stack(norms, -1)
 
-# %% ../../nbs/perturb/20_pplm.ipynb #90181b35
+# %% ../../nbs/perturb/20_pplm.ipynb #243ee982
 @patch
 @torch.no_grad()
 def choose(
@@ -206,13 +243,13 @@ def advance(
     for name in ("tokens", "positions", "seen", "uniforms", "labels", "past_hidden"):
         setattr(self, name, getattr(self, name)[order])
 
-# %% ../../nbs/perturb/20_pplm.ipynb #65d2836a
+# %% ../../nbs/perturb/20_pplm.ipynb #49a93479
 @dataclass(frozen=True)
 class PPLMTrace:
     "What happened to one row, token by token (T) and iteration by iteration (I)."
 
     loss: Float[Tensor, "T I"]  # before the iteration's step
-    target_probability: Float[Tensor, "T I"]  # of the row's label, by the head
+    target_probability: Float[Tensor, "T I"] | Float[Tensor, "T I P"]  # of the row's label; P > 1 attributes
     kl: Float[Tensor, "T I"]  # nats, of the perturbed from the unperturbed next token
     gradient_norm: Float[Tensor, "T I L"]  # by perturbed layer, keys and values together
 
@@ -229,13 +266,13 @@ class PPLMOutput:
     traces: list[PPLMTrace] | None = None  # by row
     deltas: list[list[Float[Tensor, "L 2 K T D"]]] | None = None  # by row and token: keys, values
 
-# %% ../../nbs/perturb/20_pplm.ipynb #646ee1f0
+# %% ../../nbs/perturb/20_pplm.ipynb #5f6a58f8
 def generate_pplm(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],  # complete prompts, special tokens included; all are one batch
-    labels: Sequence[int],  # class id that each reply is steered to
-    head: AttributeHead,  # of the final hidden state
+    labels: Sequence[int] | Sequence[Sequence[int]],  # class id that each reply is steered to, or P of them
+    head: Attribute,  # head of the final hidden state, or bag of words, or P weighted ones
     config: PPLMConfig | None = None,
     seed: int = 0,  # row i gets seed + i ...
     seeds: list[int] | None = None,  # ... unless each row's seed is given
@@ -273,18 +310,21 @@ def generate_pplm(
             batch.advance(tokens, going)
     made = as_generations(model, tokenizer, token_ids)
     losses = [[record[0].tolist() for record in row] for row in records]
-    traces = [_as_trace(row, config, batch.layers) for row in records] if trace else None
+    traces = [_as_trace(row, batch) for row in records] if trace else None
     return PPLMOutput(
         made.replies, token_ids, made.stopped, failed, losses, traces, deltas if return_deltas else None
     )
 
 
-def _as_trace(records: list[tuple[Tensor, ...]], config: PPLMConfig, layers: range) -> PPLMTrace:
+def _as_trace(records: list[tuple[Tensor, ...]], batch: _Steering) -> PPLMTrace:
     "Stack a row's tokens."
-    if not records:
-        nothing = torch.zeros(0, config.num_iterations)
-        return PPLMTrace(*[nothing] * 3, nothing[..., None].expand(-1, -1, len(layers)))
-    return PPLMTrace(*(torch.stack(column) for column in zip(*records, strict=True)))
+    shapes = ((), (len(batch.weights),), (), (len(batch.layers),))
+    columns = zip(*records, strict=True) if records else [[]] * len(shapes)
+    loss, probability, kl, norm = (
+        torch.stack(column) if column else torch.zeros(0, batch.config.num_iterations, *shape)
+        for column, shape in zip(columns, shapes, strict=True)
+    )
+    return PPLMTrace(loss, probability.squeeze(-1), kl, norm)
 
 
 @patch

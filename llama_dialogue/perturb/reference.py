@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reference_pplm']
 
-# %% ../../nbs/perturb/30_reference.ipynb #c5f6a2e8
+# %% ../../nbs/perturb/30_reference.ipynb #9dc5ae65
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,14 +13,14 @@ from torch.nn.functional import linear, log_softmax
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..attribute.head import AttributeHead
 from ..core.generation import row_uniforms, sample_rows, stop_token_ids
+from .attributes import Attribute, BagOfWords, as_parts
 from .cache import attention_by, frozen
 from .layers import select_layers
 from .pplm import PPLMOutput
 from .settings import PPLMConfig
 
-# %% ../../nbs/perturb/30_reference.ipynb #1a25f42f
+# %% ../../nbs/perturb/30_reference.ipynb #e2dcebf6
 def _wide_attention(module, query, key, value, attention_mask, **kwargs):
     "Attend in the precision of the keys, which may be wider than the model's."
     output, weights = sdpa_attention_forward(
@@ -51,7 +51,15 @@ def _forward(model, pairs, **inputs) -> tuple[Tensor, Tensor, list]:
     out = model(**inputs, past_key_values=cache, use_cache=True, output_hidden_states=True)
     return out.logits[0, -1], out.hidden_states[-1][0, -1], _pairs_of(cache)
 
-# %% ../../nbs/perturb/30_reference.ipynb #6ee4ebee
+# %% ../../nbs/perturb/30_reference.ipynb #d3a5dbc7
+def _log_target(attribute, label: int, feature: Float[Tensor, "E"], log_p: Float[Tensor, "V"]) -> Tensor:
+    "Score the wanted class: a bag of words by its mass, a head by what it reads in the feature."
+    if isinstance(attribute, BagOfWords):
+        return sum(log_p[token].exp() for token in attribute.token_ids[label]).log()
+    weight, bias = (t.detach().to(feature) for t in (attribute.weight, attribute.bias))
+    return log_softmax(linear(feature, weight, bias), -1)[label]
+
+
 def _widened(pairs: list, layers: range, dtype: torch.dtype) -> list:
     "Turn the keys and values of some layers into a wider type."
     return [(k.to(dtype), v.to(dtype)) if i in layers else (k, v) for i, (k, v) in enumerate(pairs)]
@@ -89,13 +97,13 @@ def _fused(logits: Float[Tensor, "V"], unperturbed: Float[Tensor, "V"], ids: lis
         probs[probs < probs.topk(config.top_k).values[-1]] = 0
     return probs / probs.sum()
 
-# %% ../../nbs/perturb/30_reference.ipynb #993e4615
+# %% ../../nbs/perturb/30_reference.ipynb #b65cf3cb
 def reference_pplm(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,  # complete, special tokens included
-    label: int,  # class id
-    head: AttributeHead,
+    label: int | tuple[int, ...],  # class id, or one for each attribute
+    head: Attribute,  # one, or several with weights
     config: PPLMConfig,
     seed: int = 0,
     return_deltas: bool = False,  # keep every perturbation
@@ -106,7 +114,7 @@ def reference_pplm(
     uniforms = row_uniforms([seed], config.max_new_tokens).to(model.device)
     stops = stop_token_ids(model, tokenizer)
     table = model.get_input_embeddings()
-    weight, bias = (t.detach().to(model.device, wide) for t in (head.weight, head.bias))
+    parts, [labels] = as_parts(head, [label])
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     prompt_length, losses, deltas = len(ids), [], []
     with frozen(model), attention_by(model, "wide"):
@@ -138,7 +146,9 @@ def reference_pplm(
                     probs = logits.to(wide).softmax(-1)
                 features = [*past_hidden, hidden.detach().to(wide), *ahead]
                 feature = torch.stack(features).mean(0)
-                loss = config.kl_scale * kl - log_softmax(linear(feature, weight, bias), -1)[label]
+                loss = config.kl_scale * kl
+                for part, wanted in zip(parts, labels, strict=True):
+                    loss = loss - part.weight * _log_target(part.attribute, wanted, feature, log_p)
                 token_losses.append(loss.item())
                 if delta:
                     gradients = torch.autograd.grad(loss, delta)

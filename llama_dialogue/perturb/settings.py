@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'PPLMConfig', 'position_mask', 'check_request']
 
-# %% ../../nbs/perturb/18_settings.ipynb #d36e0a12
+# %% ../../nbs/perturb/18_settings.ipynb #166b2195
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..attribute.head import AttributeHead
 from ..core.config import Config
 from ..core.errors import InputError
+from .attributes import Weighted, check_parts
 from .layers import select_layers
 
-# %% ../../nbs/perturb/18_settings.ipynb #9fbe6919
+# %% ../../nbs/perturb/18_settings.ipynb #9efac09f
 @dataclass(frozen=True)
 class PPLMConfig(Config):
     "How far, where and how often the cache is moved, and how tokens are chosen from what comes out."
@@ -33,7 +33,7 @@ class PPLMConfig(Config):
     top_k: int = 10  # tokens to choose from; 0: all
     temperature: float = 1.0
     repetition_penalty: float = 1.0  # 1: none; over prompt and reply
-    horizon_length: int = 1  # tokens that the loss looks ahead
+    horizon_length: int = 1  # tokens that a head's loss looks ahead; a bag of words needs none
     window_length: int = 0  # newest positions that move; 0: all
     decay: bool = False  # let the window fade towards older positions
     max_new_tokens: int = 24  # tokens, the stop token included
@@ -58,7 +58,7 @@ class PPLMConfig(Config):
             example = type(self).__dataclass_fields__[name].default
             raise InputError(f"{name}={getattr(self, name)}: need {rule}, e.g. {name}={example}")
 
-# %% ../../nbs/perturb/18_settings.ipynb #d1b5d953
+# %% ../../nbs/perturb/18_settings.ipynb #14756478
 def position_mask(
     length: int,  # T, cached positions
     window_length: int,  # 0: no window
@@ -72,15 +72,15 @@ def position_mask(
     weight = 1 - age / window_length if decay else torch.ones_like(age)
     return torch.where(age < window_length, weight, 0)
 
-# %% ../../nbs/perturb/18_settings.ipynb #cf6384a2
+# %% ../../nbs/perturb/18_settings.ipynb #b03c9768
 FAMILIES = ("llama", "mistral", "qwen2", "gemma")
 
 
 def check_request(
     model: PreTrainedModel,
     lengths: list[int],  # tokens of each prompt
-    labels: Sequence[int],  # class id of each prompt
-    head: AttributeHead,
+    parts: Sequence[Weighted],  # P attributes
+    labels: Sequence[tuple[int, ...]],  # of each prompt, P class ids
     config: PPLMConfig,
 ) -> range:  # the layers to perturb
     "Refuse what cannot work before any long work; resolve the layer range."
@@ -90,25 +90,11 @@ def check_request(
             f"model of type {shape.model_type!r}: need one of {', '.join(FAMILIES)}, e.g. 'llama'"
         )
     layers = select_layers(config.layers, shape.num_hidden_layers)
-    classes = [str(c) for c in head.classes]
-    if head.weight.shape != (len(classes), shape.hidden_size):
-        raise InputError(
-            f"head with weight of shape {tuple(head.weight.shape)} for {len(classes)} classes: need "
-            f"({len(classes)}, {shape.hidden_size}) for this model, e.g. a head trained on its hidden states"
-        )
-    if head.layer not in (None, shape.num_hidden_layers):
-        raise InputError(
-            f"head of layer {head.layer}: need the final layer, {shape.num_hidden_layers}, "
-            f"e.g. a head trained with layer={shape.num_hidden_layers}"
-        )
     if len(labels) != len(lengths):
         raise InputError(
             f"{len(labels)} labels for {len(lengths)} prompts: need one a prompt, e.g. labels=[0]"
         )
-    for label in labels:
-        if label not in range(len(classes)):
-            known = ", ".join(f"{i} ({name})" for i, name in enumerate(classes))
-            raise InputError(f"label {label!r}: need one of {known}, e.g. 0")
+    check_parts(model, parts, labels)
     _check_room(shape, max(lengths), config)
     return layers
 
