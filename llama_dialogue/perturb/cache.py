@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenGradient', 'GrowingCache', 'one_token_attention', 'frozen', 'attention_by', 'run_layers']
 
-# %% ../../nbs/perturb/15_cache.ipynb #afa45fb2
+# %% ../../nbs/perturb/15_cache.ipynb #536ced20
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
-# %% ../../nbs/perturb/15_cache.ipynb #fbdd5650
+# %% ../../nbs/perturb/15_cache.ipynb #10c53f42
 @dataclass
 class TokenGradient:
     "A loss's gradient by the cached keys and values of one layer, as four thin factors."
@@ -55,7 +55,7 @@ class TokenGradient:
         scale = scale[:, None, None]
         return TokenGradient(self.query * scale, self.by_score, self.weight, self.by_output * scale)
 
-# %% ../../nbs/perturb/15_cache.ipynb #d7cdd1b5
+# %% ../../nbs/perturb/15_cache.ipynb #ab1e75ac
 class GrowingCache:
     "Keys and values of a batch in fixed buffers, newest position last."
 
@@ -145,7 +145,7 @@ class GrowingCache:
         self.num_rows = len(order)
         self._hide_padding()
 
-# %% ../../nbs/perturb/15_cache.ipynb #d88ded52
+# %% ../../nbs/perturb/15_cache.ipynb #40a0789b
 class _OneTokenAttention(torch.autograd.Function):
     "Attention of one query position over a `GrowingCache`, with a thin backward pass."
 
@@ -198,7 +198,7 @@ def one_token_attention(
 
 AttentionInterface.register("one_token", one_token_attention)
 
-# %% ../../nbs/perturb/15_cache.ipynb #d111d553
+# %% ../../nbs/perturb/15_cache.ipynb #f110440b
 @contextlib.contextmanager
 def frozen(
     model: PreTrainedModel,
