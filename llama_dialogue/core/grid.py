@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'WorkItem', 'item_key', 'part_path', 'save_part', 'read_part', 'save_manifest', 'load_manifest',
-           'read_parts', 'check_engine', 'GridSummary', 'run_items']
+           'list_parts', 'read_parts', 'check_engine', 'GridSummary', 'run_items']
 
-# %% ../../nbs/core/85_grid.ipynb #5b799420
+# %% ../../nbs/core/85_grid.ipynb #5d9d3935
 import json
+import os
 import re
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from .errors import InputError, MachineError, check_choice
 from .paths import atomic_file, check_writable, lock, sha256_text
 from .records import save_rows
 
-# %% ../../nbs/core/85_grid.ipynb #89b54bbb
+# %% ../../nbs/core/85_grid.ipynb #c9fe21e5
 @dataclass(frozen=True)
 class WorkItem:
     "One shard of one cell under one seed."
@@ -45,7 +46,7 @@ def item_key(
     "Hash what determines an item's rows."
     return sha256_text(json.dumps(parts, sort_keys=True, allow_nan=False))[:24]
 
-# %% ../../nbs/core/85_grid.ipynb #11017ef5
+# %% ../../nbs/core/85_grid.ipynb #72acf339
 _BROKEN = (ArrowException, OSError, ValueError, LookupError, TypeError, NotImplementedError)
 
 
@@ -92,7 +93,7 @@ def read_part(
     rows.attrs = {}
     return rows
 
-# %% ../../nbs/core/85_grid.ipynb #e4db3ad5
+# %% ../../nbs/core/85_grid.ipynb #17e13529
 def save_manifest(
     out: Path | str,
     items: Sequence[WorkItem],
@@ -120,19 +121,27 @@ def load_manifest(
         raise InputError(f"{path}: damaged ({type(error).__name__}): run the grid again") from error
 
 
-def read_parts(
+def list_parts(
     out: Path | str,
     partial: bool = False,  # take what is there of a grid that is not finished
-) -> pd.DataFrame:  # rows of all parts, in the order of the list
-    "Read a grid's rows, of the latest configuration only."
+) -> list[str]:  # keys, in the order of the list
+    "Name the parts that can be read; refuse a grid that is not finished unless `partial`."
     keys = load_manifest(out)["parts"]
     there = [key for key in keys if part_path(out, key).is_file()]
     if not there or (len(there) < len(keys) and not partial):
         missing = f"{len(keys) - len(there)} of {len(keys)} parts are missing"
         raise InputError(f"{out}: {missing}: need them all, run the grid again to go on")
-    return pd.concat([read_part(out, key) for key in there], ignore_index=True)
+    return there
 
-# %% ../../nbs/core/85_grid.ipynb #02ef1534
+
+def read_parts(
+    out: Path | str,
+    partial: bool = False,  # take what is there of a grid that is not finished
+) -> pd.DataFrame:  # rows of all parts, in the order of the list
+    "Read a grid's rows, of the latest configuration only."
+    return pd.concat([read_part(out, key) for key in list_parts(out, partial)], ignore_index=True)
+
+# %% ../../nbs/core/85_grid.ipynb #bbb9ad62
 @contextmanager
 def _owned(out: Path, key: str) -> Iterator[bool]:
     "Own an item while the block runs; False if somebody else does."
@@ -181,7 +190,7 @@ def _sweep(out: Path) -> None:
             if mine:
                 left.unlink(missing_ok=True)
 
-# %% ../../nbs/core/85_grid.ipynb #64891f4d
+# %% ../../nbs/core/85_grid.ipynb #07fcf248
 _RETRIES = 3  # times that Ray starts an item again after its worker died
 
 
@@ -203,10 +212,11 @@ def _ray(address: str | None) -> Iterator[Callable]:
     if not ray.is_initialized():
         own = {} if address else {"include_dashboard": False, "object_store_memory": 2**28}
         try:
-            opened = ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            opened = ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+        except Exception as error:  # Ray raises bare ones
             reason = str(error).strip().splitlines()[0]
-            raise MachineError(f"address={address}: Ray cannot be used ({reason}): {_START}") from error
+            where = f"address={address}" if address else "this machine"
+            raise MachineError(f"Ray cannot be used on {where} ({reason}): need engine='local'") from error
     try:
         yield partial(_run_on_ray, ray)
     finally:
@@ -215,13 +225,10 @@ def _ray(address: str | None) -> Iterator[Callable]:
 
 
 ENGINES: dict[str, Callable] = {"local": _local, "ray": _ray}
-_START = "start one with `ray start --head` and give the address it prints, e.g. 10.0.0.5:6379"
 
 
 def _import_ray():
     "Import Ray, without its reports to its makers."
-    import os
-
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -248,23 +255,26 @@ def check_engine(
         return
     if address != "auto" and not re.fullmatch(r"[\w.-]+:\d{1,5}", address):
         raise InputError(f"address={address!r}: need host:port or auto, e.g. 10.0.0.5:6379")
-    if address != "auto":
-        _knock(address)
+    if not _answers(address):
+        raise MachineError(
+            f"address={address}: no Ray cluster answers there: start one with `ray start --head` and give "
+            f"the address it prints, e.g. 10.0.0.5:6379"
+        )
 
 
-def _knock(address: str) -> None:
+def _answers(address: str) -> bool:
     "Ask for Ray at an address, with little patience."
-    host, port = address.split(":")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-        found = subprocess.run(command, capture_output=True, timeout=30).returncode == 0
+        if address != "auto":
+            host, port = address.split(":")
+            socket.create_connection((host, int(port)), timeout=5).close()
+            command += ["--address", address]
+        return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
     except (OSError, OverflowError, subprocess.TimeoutExpired):
-        found = False
-    if not found:
-        raise MachineError(f"address={address}: no Ray cluster answers there: {_START}")
+        return False
 
-# %% ../../nbs/core/85_grid.ipynb #341f79ab
+# %% ../../nbs/core/85_grid.ipynb #2af6e46c
 def _attempt(task: _Task, item: WorkItem) -> str | InputError | MachineError:
     "Run an item on a worker; hand expected errors back as they are, without Ray's wrapping."
     try:
@@ -307,7 +317,7 @@ def _outcome(ray, reference, item: WorkItem) -> str:
         raise outcome
     return outcome
 
-# %% ../../nbs/core/85_grid.ipynb #7a39af47
+# %% ../../nbs/core/85_grid.ipynb #71098aeb
 @dataclass(frozen=True)
 class GridSummary:
     "What a run found and did."
