@@ -324,8 +324,18 @@ def two_workers():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
-    yield
+    for patience in (2, 1, 0):  # on a busy machine Ray itself gives up after 30 seconds
+        try:
+            own = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 2**27}
+            session = ray.init("local", num_cpus=2, **own)
+            break
+        except Exception as error:
+            ray.shutdown()
+            if not patience or "timed out during startup" not in str(error):
+                raise
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    yield session.address_info["gcs_address"]
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     ray.shutdown()
 
 
@@ -340,6 +350,23 @@ def test_ray_gives_up_on_a_worker_that_always_dies(out, log, two_workers, monkey
     with pytest.raises(MachineError, match="its worker died 1 times"):
         run_items(make_items(2), Work(log, dies_at=1), out, engine="ray")
     assert run_items(make_items(2), Work(log), out).total == 2 and len(read_parts(out)) == 4
+
+
+ON_A_CLUSTER = """
+import sys
+import pandas as pd
+from llama_dialogue.core.grid import WorkItem, read_parts, run_items
+items = [WorkItem({}, i, 0, f"{i:024d}") for i in range(3)]
+work = lambda item: pd.DataFrame({"number": [item.shard]})
+print(run_items(items, work, sys.argv[1], engine="ray", address=sys.argv[2]).computed)
+print(read_parts(sys.argv[1])["number"].tolist())
+"""
+
+
+def test_a_cluster_by_its_address(out, two_workers):
+    command = [sys.executable, "-c", ON_A_CLUSTER, str(out), two_workers]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["3", "[0, 1, 2]"], done.stderr
 
 
 def test_ray_hands_an_input_error_back(out, two_workers):

@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'METHOD_VERSION', 'SCORES_VERSION', 'HUMAN', 'GridConfig',
            'SteerShard', 'head_sha256', 'GridPlan', 'plan_grid', 'run_grid', 'differing_share', 'judge_sha256',
            'score_grid']
 
-# %% ../../nbs/perturb/60_grid.ipynb #0e129256
+# %% ../../nbs/perturb/60_grid.ipynb #76f2bba1
 import dataclasses
 import hashlib
 import itertools
@@ -52,7 +52,7 @@ from ..prompting.ai_talk import is_ai_talk
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/perturb/60_grid.ipynb #6e89521b
+# %% ../../nbs/perturb/60_grid.ipynb #b1e08f3a
 TARGETS = ("reference", "all")
 
 
@@ -97,8 +97,7 @@ def expand_cells(
     num_layers: int | None = None,  # L of the model; None: not known yet
 ) -> list[dict]:  # {"id", "method", "options"}, all options resolved; no cell twice
     "Multiply the groups out."
-    batches = [f.name for f in dataclasses.fields(SteeringConfig) if f.name.endswith("batch_size")]
-    common, cells = dict.fromkeys(batches, config.rows) | config.steering, {}
+    common, cells = dict.fromkeys(("batch_size", "pplm_batch_size"), config.rows) | config.steering, {}
     for group in config.cells:
         if "method" not in group:
             raise InputError(f"cells: {group} has no method: need one, e.g. {{method: pplm, layers: upper}}")
@@ -129,7 +128,7 @@ def _short(value) -> str:
     "Write a value for a cell's name."
     return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-# %% ../../nbs/perturb/60_grid.ipynb #eb1493e2
+# %% ../../nbs/perturb/60_grid.ipynb #6be84962
 def grid_examples(
     config: GridConfig,
     corpus: Corpus,
@@ -152,7 +151,7 @@ def shard_rows(
         (example, act) for example in shard for act in (ACTS if targets == "all" else [example.reply.act])
     ]
 
-# %% ../../nbs/perturb/60_grid.ipynb #e0a39c60
+# %% ../../nbs/perturb/60_grid.ipynb #9460126b
 METHOD_VERSION = 1  # raise it when the methods' rows change: older parts are then left aside
 
 
@@ -208,7 +207,7 @@ class SteerShard:
             }
         )
 
-# %% ../../nbs/perturb/60_grid.ipynb #8b86efd7
+# %% ../../nbs/perturb/60_grid.ipynb #3d864baf
 def head_sha256(
     head: AttributeHead,
 ) -> str:  # 64 hexadecimal digits
@@ -241,9 +240,11 @@ def plan_grid(
     cells = expand_cells(config, chat.num_layers)
     for cell in cells:
         select_layers(SteeringConfig.from_dict(cell["options"]).layers, chat.num_layers)
+    reader = None
     if any(cell["method"] in NEED_HEAD for cell in cells):
         head = head or _load_head(config, chat, progress)
         check_head(head, chat, classes=ACTS)
+        reader = head_sha256(head)
     dtype = next(name for name, kind in DTYPES.items() if kind == chat.dtype)
     shards = tuple(
         tuple(examples[i : i + config.shard_size]) for i in range(0, len(examples), config.shard_size)
@@ -253,11 +254,11 @@ def plan_grid(
     for seed, (number, shard) in itertools.product(config.seeds, enumerate(shards)):
         rows = [[example.id, act] for example, act in shard_rows(shard, config.targets)]
         for cell in cells:
-            reader = head_sha256(head) if cell["method"] in NEED_HEAD else None
-            key = item_key(METHOD_VERSION, cell, rows, seed, *shas, reader)
+            used = reader if cell["method"] in NEED_HEAD else None
+            key = item_key(METHOD_VERSION, cell, rows, seed, *shas, used)
             items.append(WorkItem(cell, number, seed, key))
     about = {"config": config.to_dict(), "model": identity(chat), "data": identity(corpus), "dtype": dtype}
-    about |= {"head": head and head_sha256(head), "versions": package_versions()}
+    about |= {"head": reader, "versions": package_versions()}
     about |= {"git_commit": git_commit(), "machine": machine()}
     work = SteerShard(
         config.model, dtype, chat.sha256, config.targets, shards, head, chat if keep_chat else None
@@ -293,7 +294,7 @@ def run_grid(
     label = config.name if progress else ""
     return run_items(plan.items, plan.work, out, engine, address, label, plan.about)
 
-# %% ../../nbs/perturb/60_grid.ipynb #360b8463
+# %% ../../nbs/perturb/60_grid.ipynb #8e2f6a19
 def differing_share(
     first: pd.DataFrame,  # of `read_parts`
     second: pd.DataFrame,  # the same grid, run elsewhere or in another dtype
@@ -308,7 +309,7 @@ def differing_share(
     pairs = zip(both.token_ids, both.token_ids_other, strict=True)
     return float(np.mean([list(mine) != list(other) for mine, other in pairs]))
 
-# %% ../../nbs/perturb/60_grid.ipynb #e70f9444
+# %% ../../nbs/perturb/60_grid.ipynb #e03023b3
 SCORES_VERSION = 1  # raise it when scoring changes
 HUMAN = "human"
 
@@ -382,7 +383,7 @@ class _ScorePart:
             )
         return nll
 
-# %% ../../nbs/perturb/60_grid.ipynb #f70e448e
+# %% ../../nbs/perturb/60_grid.ipynb #6b2234d6
 def score_grid(
     out: Path | str,  # folder of the grid
     data: Path | str | None = None,  # where the corpus lies here; None: as when the grid ran
