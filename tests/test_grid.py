@@ -598,12 +598,15 @@ def test_bad_requests_leave_nothing_behind(head, tmp_path):
         run_grid(make_config(), tmp_path / "out", engine="ray", chat=tiny_chat_model(), head=head)
 
 
-def test_unlabelled_replies_cannot_be_targets(head, tmp_path):
+def test_unlabelled_replies_cannot_be_targets(head, judge, tmp_path):
     bare = [replace(d, turns=tuple(replace(t, act=None) for t in d.turns)) for d in load_corpus()]
     data = str(write_jsonl(bare, tmp_path / "bare.jsonl"))
     with pytest.raises(InputError, match="has no act"):
         run_grid(make_config(data=data), tmp_path / "out", progress=False, head=head)
-    assert grid_examples(make_config(data=data, targets="all"), load_corpus(data))
+    plain = make_config(data=data, targets="all", cells=({"method": "none"},), n=2)
+    run_grid(plain, tmp_path / "out", progress=False)
+    scores = score_grid(tmp_path / "out", judge=judge, progress=False)
+    assert set(scores.cell) == {"none"} and len(scores) == 2 * 4, "no act, no human row"
 
 
 # --- scores -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'METHOD_VERSION', 'SCORES_VERSION', 'HUMAN', 'GridConfig',
            'SteerShard', 'head_sha256', 'GridPlan', 'plan_grid', 'run_grid', 'differing_share', 'judge_sha256',
            'score_grid']
 
-# %% ../../nbs/perturb/60_grid.ipynb #76f2bba1
+# %% ../../nbs/perturb/60_grid.ipynb #053f2697
 import dataclasses
 import hashlib
 import itertools
@@ -52,7 +52,7 @@ from ..prompting.ai_talk import is_ai_talk
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/perturb/60_grid.ipynb #b1e08f3a
+# %% ../../nbs/perturb/60_grid.ipynb #54c69742
 TARGETS = ("reference", "all")
 
 
@@ -128,7 +128,7 @@ def _short(value) -> str:
     "Write a value for a cell's name."
     return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-# %% ../../nbs/perturb/60_grid.ipynb #6be84962
+# %% ../../nbs/perturb/60_grid.ipynb #43e922f5
 def grid_examples(
     config: GridConfig,
     corpus: Corpus,
@@ -151,7 +151,7 @@ def shard_rows(
         (example, act) for example in shard for act in (ACTS if targets == "all" else [example.reply.act])
     ]
 
-# %% ../../nbs/perturb/60_grid.ipynb #9460126b
+# %% ../../nbs/perturb/60_grid.ipynb #6fa24fdd
 METHOD_VERSION = 1  # raise it when the methods' rows change: older parts are then left aside
 
 
@@ -184,10 +184,8 @@ class SteerShard:
         chat = self.chat or _worker_model(self.model, self.dtype, self.sha256)
         pairs = shard_rows(self.shards[item.shard], self.targets)
         contexts, acts = [example.context for example, _ in pairs], [act for _, act in pairs]
-        ids, config = (
-            [example.dialogue_id for example, _ in pairs],
-            SteeringConfig.from_dict(item.cell["options"]),
-        )
+        ids = [example.dialogue_id for example, _ in pairs]
+        config = SteeringConfig.from_dict(item.cell["options"])
         seeds = [derive_seed(dialogue, act, item.seed) for dialogue, act in zip(ids, acts, strict=True)]
         started = time.perf_counter()
         out = steer(item.cell["method"], chat, self.head, contexts, acts, config, seeds=seeds)
@@ -207,7 +205,7 @@ class SteerShard:
             }
         )
 
-# %% ../../nbs/perturb/60_grid.ipynb #3d864baf
+# %% ../../nbs/perturb/60_grid.ipynb #1295f657
 def head_sha256(
     head: AttributeHead,
 ) -> str:  # 64 hexadecimal digits
@@ -294,7 +292,7 @@ def run_grid(
     label = config.name if progress else ""
     return run_items(plan.items, plan.work, out, engine, address, label, plan.about)
 
-# %% ../../nbs/perturb/60_grid.ipynb #8e2f6a19
+# %% ../../nbs/perturb/60_grid.ipynb #daa036cb
 def differing_share(
     first: pd.DataFrame,  # of `read_parts`
     second: pd.DataFrame,  # the same grid, run elsewhere or in another dtype
@@ -309,7 +307,7 @@ def differing_share(
     pairs = zip(both.token_ids, both.token_ids_other, strict=True)
     return float(np.mean([list(mine) != list(other) for mine, other in pairs]))
 
-# %% ../../nbs/perturb/60_grid.ipynb #e03023b3
+# %% ../../nbs/perturb/60_grid.ipynb #b8867f7c
 SCORES_VERSION = 1  # raise it when scoring changes
 HUMAN = "human"
 
@@ -383,7 +381,7 @@ class _ScorePart:
             )
         return nll
 
-# %% ../../nbs/perturb/60_grid.ipynb #6b2234d6
+# %% ../../nbs/perturb/60_grid.ipynb #583f7876
 def score_grid(
     out: Path | str,  # folder of the grid
     data: Path | str | None = None,  # where the corpus lies here; None: as when the grid ran
@@ -410,9 +408,9 @@ def score_grid(
     system = SteeringConfig.from_dict(config.steering).system
     work = _ScorePart(chat, judge, examples, system, out, config.seeds[0])
     readers = [SCORES_VERSION, chat.sha256, str(chat.dtype), judge_sha256(judge), corpus.sha256, system]
-    parts = {key: sha256_file(part_path(out, key)) for key in keys} | {
-        HUMAN: [work.seed, *(example.id for example in examples.values())]
-    }
+    parts = {key: sha256_file(part_path(out, key)) for key in keys}
+    if labelled := [example.id for example in examples.values() if example.reply.act is not None]:
+        parts[HUMAN] = [work.seed, *labelled]
     items = [WorkItem({"part": name}, 0, 0, item_key(content, *readers)) for name, content in parts.items()]
     run_items(items, work, out / "scored", progress=f"scoring {config.name}" if progress else "")
     scores = read_parts(out / "scored")
