@@ -176,3 +176,44 @@ def test_corpus_report(capsys):
     code, out, _ = run(["corpus", "sample", "--json"], capsys)
     report = json.loads(out)
     assert code == 0 and sum(s["dialogues"] for s in report["splits"]) == 343 and report["skipped"] == []
+
+
+GRID = """
+name: tiny
+model: tiny-llama-random
+dtype: fp32
+n: 4
+shard_size: 2
+steering: {max_new_tokens: 3, system: none}
+cells:
+- method: none
+- {method: prompt}
+"""
+
+
+def test_grid_run_again_score_and_report(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text(GRID)
+    for computed in (4, 0):
+        code, out, err = run(["grid", "run", "grid.yaml", "--out", "grid", "--json"], capsys)
+        assert code == 0 and json.loads(out)["computed"] == computed, err
+    code, out, err = run(["grid", "score", "grid"], capsys)
+    assert code == 0 and "36 replies" in out, err
+    code, out, err = run(["report", "grid"], capsys)
+    assert code == 0 and "not distinguishable" in out and Path("grid/report.md").exists(), err
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["grid", "run", "nowhere.yaml", "--out", "x"], "nowhere.yaml"),
+        (["grid", "score", "nowhere"], "grid.json"),
+        (["report", "nowhere"], "scores.parquet"),
+        (["perturb", "distil", "--out", "x", "--data", "nowhere"], "nowhere"),
+        (["reply", "--context", "Hi!", "--act", "question", "--method", "distilled"], "perturb distil"),
+    ],
+)
+def test_bad_grid_input(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(arguments, capsys)
+    assert code == 2 and told in err and err.count("\n") == 1

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Command', 'Group', 'cli', 'main', 'config_options']
 
-# %% ../../nbs/app/20_cli.ipynb #8a69784c
+# %% ../../nbs/app/20_cli.ipynb #8a622996
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-# %% ../../nbs/app/20_cli.ipynb #d2db0eed
+# %% ../../nbs/app/20_cli.ipynb #219b1605
 class Command(click.Command):
     "A command that tells wrong input in one line."
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:  # None: those of the shel
     except click.Abort:
         _fail("interrupted", 130)
 
-# %% ../../nbs/app/20_cli.ipynb #7e64a787
+# %% ../../nbs/app/20_cli.ipynb #7c57452d
 def _configured(config_class, path: str | None, assignments: tuple[str, ...], **options):
     "Build a config from its defaults, a YAML file, options that were given, and --set, in this order."
     config = config_class.from_yaml(path) if path else config_class()
@@ -103,7 +103,7 @@ def _print_json(value) -> None:
     "Print a value as JSON."
     click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
-# %% ../../nbs/app/20_cli.ipynb #d49a98cb
+# %% ../../nbs/app/20_cli.ipynb #6d64220e
 @cli.group("models", cls=Group, invoke_without_command=True, short_help="List the models, or get one ahead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
@@ -130,7 +130,7 @@ def _models_get(name, revision):
 
     click.echo(f"{name}: {get_model(name, revision)}")
 
-# %% ../../nbs/app/20_cli.ipynb #2527b368
+# %% ../../nbs/app/20_cli.ipynb #011d316b
 @cli.command("corpus", short_help="Count a corpus, report what was skipped and what splits share.")
 @click.argument("data", default="sample")
 @click.option("--strict/--no-strict", default=False, help="Stop at the first fault instead of reporting all.")
@@ -175,7 +175,7 @@ def _corpus(data, strict, as_json):
         click.echo("\nhow much of `probe` stands in `base`, word for word (exact) or nearly (near):")
         _print_table(overlap)
 
-# %% ../../nbs/app/20_cli.ipynb #be4043b8
+# %% ../../nbs/app/20_cli.ipynb #e028eec5
 @cli.command("demo", short_help="Steer replies towards each act; print a table, write a figure.")
 @click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
 @click.option("--n", type=int, help="Number of contexts; each is steered towards each act.")
@@ -212,13 +212,15 @@ def _print_replies(table) -> None:
         for method, reply in row.items():
             click.echo(f"  {method:<10} {' '.join(reply.split())}")
 
-# %% ../../nbs/app/20_cli.ipynb #7b7ab8fa
+# %% ../../nbs/app/20_cli.ipynb #d82acd85
 @cli.command("reply", short_help="Reply to a context, if wished towards an act.")
 @click.option(
     "--context", "turns", multiple=True, required=True, help="A turn; repeat for more, the last is answered."
 )
 @click.option("--act", help="Wanted act: inform, question, directive or commissive.")
-@click.option("--method", default="none", show_default=True, help="none, prompt, best_of_n or pplm.")
+@click.option(
+    "--method", default="none", show_default=True, help="none, prompt, best_of_n, guided, pplm, vector, ..."
+)
 @click.option("--model", default="smollm2-135m", show_default=True, help="Folder, registry name or hub id.")
 @config_options
 def _reply(turns, act, method, model, config_path, assignments, seed, as_json):
@@ -233,7 +235,7 @@ def _reply(turns, act, method, model, config_path, assignments, seed, as_json):
     else:
         click.echo(answer["reply"])
 
-# %% ../../nbs/app/20_cli.ipynb #a9744246
+# %% ../../nbs/app/20_cli.ipynb #ffb2aafe
 @cli.group("prompting", cls=Group, short_help="Run the prompting study.")
 def _prompting():
     """How must a chat model be asked so that it speaks as a person?"""
@@ -260,7 +262,7 @@ def _prompting_run(data, n, model, out, config_path, assignments, seed, as_json)
     _print_table(prompting_table(record))
     click.echo(f"\nrecord {folder / record.name}.json")
 
-# %% ../../nbs/app/20_cli.ipynb #2dc946fc
+# %% ../../nbs/app/20_cli.ipynb #cbbf2eef
 @cli.group("attribute", cls=Group, short_help="Train, test and probe heads and judges.")
 def _attribute():
     """Read act and emotion from hidden states, or judge replies with a BERT."""
@@ -358,7 +360,107 @@ def _print_scores(record, as_json: bool) -> None:
     _print_table(pd.DataFrame({"score": scores} | table))
     click.echo(f"{record.metrics['accuracy'].n:,} replies of {record.data['name']}, 95% intervals")
 
-# %% ../../nbs/app/20_cli.ipynb #79603d34
+# %% ../../nbs/app/20_cli.ipynb #34376b18
+@cli.group("perturb", cls=Group, short_help="Make steering vectors and distilled offsets.")
+def _perturb():
+    """Make what the methods `vector` and `distilled` steer with."""
+
+
+def _making(job: str, config_path, assignments, out, records_folder, as_json, given: dict) -> None:
+    "Run one of the two jobs."
+    from llama_dialogue.perturb import making
+
+    values = making.MakingConfig.from_yaml(config_path).to_dict() if config_path else {"name": job[5:]}
+    values |= {key: value for key, value in given.items() if value is not None}
+    config = making.MakingConfig.from_dict(values).override(list(assignments))
+    _, record = getattr(making, job)(config, out, records_folder)
+    if as_json:
+        _print_json(record.to_dict())
+    else:
+        click.echo(f"{config.name}: {out}")
+
+
+@_perturb.command("vectors")
+@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@click.option("--model", help="Folder, registry name or hub id.")
+@click.option("--out", required=True, help="Folder for the vectors.")
+@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
+@config_options
+def _perturb_vectors(out, records_folder, config_path, assignments, as_json, **given):
+    """Take the differences of the acts' mean hidden states as directions."""
+    _making("make_vectors", config_path, assignments, out, records_folder, as_json, given)
+
+
+@_perturb.command("distil")
+@click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
+@click.option("--model", help="Folder, registry name or hub id.")
+@click.option("--head", help="Folder of a head; the one of the sample corpus if none is given.")
+@click.option("--out", required=True, help="Folder for the offsets.")
+@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
+@config_options
+def _perturb_distil(out, records_folder, config_path, assignments, as_json, **given):
+    """Run PPLM on training contexts and average what it does to keys and values."""
+    _making("make_offsets", config_path, assignments, out, records_folder, as_json, given)
+
+# %% ../../nbs/app/20_cli.ipynb #baa1f28f
+@cli.group("grid", cls=Group, short_help="Run and score a grid of steering methods.")
+def _grid():
+    """Run many steering cells on the same contexts, resumably, and score them."""
+
+
+@_grid.command("run")
+@click.argument("config_path", metavar="CONFIG")
+@click.option("--out", required=True, help="Folder of the grid; run again to go on.")
+@click.option("--engine", default="local", show_default=True, help="local or ray.")
+@click.option("--address", help="Ray: host:port of a cluster, or auto.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one value of CONFIG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def _grid_run(config_path, out, engine, address, assignments, as_json):
+    """Compute every part of the grid in CONFIG (a YAML file) that is not there yet."""
+    from dataclasses import asdict
+
+    from llama_dialogue.perturb.grid import GridConfig, run_grid
+
+    config = GridConfig.from_yaml(config_path).override(list(assignments))
+    summary = run_grid(config, out, engine, address)
+    if as_json:
+        _print_json(asdict(summary))
+    else:
+        click.echo(
+            f"{summary.total} parts: {summary.found} were there, {summary.computed} computed, in {out}"
+        )
+
+
+@_grid.command("score")
+@click.argument("folder")
+@click.option("--data", help="Where the grid's corpus lies now; None: as the grid was run.")
+@click.option("--judge", help="Folder of a judge; None: as the grid's config says.")
+def _grid_score(folder, data, judge):
+    """Judge the replies in FOLDER and measure their perplexity."""
+    from llama_dialogue.perturb.grid import score_grid
+
+    scores = score_grid(folder, data, judge)
+    click.echo(f"{len(scores):,} replies scored: {Path(folder) / 'scores.parquet'}")
+
+
+@cli.command("report", short_help="Compare the cells of a scored grid: table, text, figures.")
+@click.argument("folder")
+@click.option("--out", help="Folder for the report; the grid's own if none is given.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def _report(folder, out, as_json):
+    """Compare every cell of the scored grid in FOLDER with doing nothing."""
+    from llama_dialogue.perturb.report import compare_cells, read_scores, write_report
+
+    path = write_report(folder, out)
+    table = compare_cells(*read_scores(folder))
+    if as_json:
+        _print_json(json.loads(table.to_json(orient="index", default_handler=str)))
+        return
+    shown = [c for c in ("accuracy", "gain", "verdict", "perplexity") if c in table]
+    _print_table(table[shown].fillna("").astype(str).reset_index())
+    click.echo(f"\nreport {path}")
+
+# %% ../../nbs/app/20_cli.ipynb #3e9d7e85
 @cli.group("bench", cls=Group, short_help="Time the fast paths against the plain ones.")
 def _bench():
     """Time the fast paths against the plain ones, in one run on one machine."""
@@ -383,7 +485,23 @@ def _bench_features(records_folder, config_path, assignments, as_json, **given):
     timed = {name: value for name, value in record.metrics.items() if name != "n"}
     _print_table(pd.DataFrame([{"replies per second": name} | value for name, value in timed.items()]))
 
-# %% ../../nbs/app/20_cli.ipynb #978cae19
+# %% ../../nbs/app/20_cli.ipynb #57949cfe
+@_bench.command("perturb")
+@click.option("--model", help="Folder, registry name or hub id.")
+@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
+@config_options
+def _bench_perturb(records_folder, config_path, assignments, as_json, **given):
+    """Time PPLM against the plain reference and plain decoding; measure memory and precision."""
+    from llama_dialogue.perturb.bench import BenchConfig, bench_perturb, bench_table
+
+    config = _configured(BenchConfig, config_path, assignments, **given)
+    record = bench_perturb(config, records_folder)
+    if as_json:
+        _print_json(record.to_dict())
+    else:
+        _print_table(bench_table(record))
+
+# %% ../../nbs/app/20_cli.ipynb #0e7a9744
 @cli.command("records", short_help="List the records of a folder.")
 @click.argument("folder", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

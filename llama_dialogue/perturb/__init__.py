@@ -12,5 +12,6 @@ from .guided import *
 from .distil import *
 from .methods import *
 from .making import *
+from .grid import *
 from .report import *
 from .own_attribute import *

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'METHOD_VERSION', 'SCORES_VERSION', 'HUMAN', 'GridConfig', 'expand_cells', 'grid_examples', 'shard_rows',
-           'SteerShard', 'head_sha256', 'GridPlan', 'plan_grid', 'run_grid', 'differing_share', 'judge_sha256',
-           'score_grid']
+           'SteerShard', 'head_sha256', 'steerer_sha256', 'GridPlan', 'plan_grid', 'run_grid', 'differing_share',
+           'judge_sha256', 'score_grid']
 
-# %% ../../nbs/perturb/60_grid.ipynb #053f2697
-import dataclasses
+# %% ../../nbs/perturb/60_grid.ipynb #1e2d57a2
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..attribute.defaults import default_head, default_judge
+from ..attribute.defaults import default_judge
 from ..attribute.features import encode_replies
 from ..attribute.head import AttributeHead, check_head
 from ..attribute.judge import Judge
@@ -47,12 +46,20 @@ from ..core.models import DTYPES, ChatModel, load_chat_model
 from ..core.paths import atomic_file, check_writable, sha256_file, sha256_text
 from ..core.records import git_commit, identity, machine, package_versions, save_rows
 from .layers import SEED_CODES, select_layers
-from .methods import METHODS, NEED_HEAD, SteeringConfig, steer
+from .making import load_steerers
+from llama_dialogue.perturb.methods import (
+    METHODS,
+    NEEDS,
+    Steerers,
+    SteeringConfig,
+    check_steerer,
+    steer,
+)
 from ..prompting.ai_talk import is_ai_talk
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/perturb/60_grid.ipynb #54c69742
+# %% ../../nbs/perturb/60_grid.ipynb #b3765907
 TARGETS = ("reference", "all")
 
 
@@ -74,6 +81,8 @@ class GridConfig(Config):
     seeds: tuple[int, ...] = (0,)  # of the replies
     shard_size: int = 8  # dialogues that are steered together
     head: str = "default"  # or the folder of a head
+    vectors: str = "default"  # or the folder of steering vectors
+    offsets: str | None = None  # folder of distilled offsets
     judge: str = "default"  # or the folder of a judge
 
     def __post_init__(self):
@@ -128,7 +137,7 @@ def _short(value) -> str:
     "Write a value for a cell's name."
     return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-# %% ../../nbs/perturb/60_grid.ipynb #43e922f5
+# %% ../../nbs/perturb/60_grid.ipynb #73b2029c
 def grid_examples(
     config: GridConfig,
     corpus: Corpus,
@@ -151,7 +160,7 @@ def shard_rows(
         (example, act) for example in shard for act in (ACTS if targets == "all" else [example.reply.act])
     ]
 
-# %% ../../nbs/perturb/60_grid.ipynb #6fa24fdd
+# %% ../../nbs/perturb/60_grid.ipynb #c017c09d
 METHOD_VERSION = 1  # raise it when the methods' rows change: older parts are then left aside
 
 
@@ -176,7 +185,7 @@ class SteerShard:
     sha256: str  # of the model
     targets: str
     shards: tuple[tuple[Example, ...], ...]
-    head: AttributeHead | None
+    steerers: Steerers
     chat: ChatModel | None = None  # None: loaded by name
 
     def __call__(self, item: WorkItem) -> pd.DataFrame:
@@ -188,9 +197,8 @@ class SteerShard:
         config = SteeringConfig.from_dict(item.cell["options"])
         seeds = [derive_seed(dialogue, act, item.seed) for dialogue, act in zip(ids, acts, strict=True)]
         started = time.perf_counter()
-        out = steer(item.cell["method"], chat, self.head, contexts, acts, config, seeds=seeds)
+        out = steer(item.cell["method"], chat, self.steerers, contexts, acts, config, seeds=seeds)
         seconds = time.perf_counter() - started
-        told = {f.name for f in dataclasses.fields(out)}  # not every version of Generations knows `failed`
         return pd.DataFrame(
             {
                 "cell": item.cell["id"],
@@ -200,18 +208,38 @@ class SteerShard:
                 "reply": out.replies,
                 "token_ids": [np.array(tokens, dtype=np.int32) for tokens in out.token_ids],
                 "stopped": out.stopped,
-                "failed": out.failed if "failed" in told else False,
+                "failed": out.failed,
                 "seconds": seconds / len(pairs),
             }
         )
 
-# %% ../../nbs/perturb/60_grid.ipynb #1295f657
+# %% ../../nbs/perturb/60_grid.ipynb #b54932df
 def head_sha256(
     head: AttributeHead,
 ) -> str:  # 64 hexadecimal digits
     "Hash what a head computes."
-    numbers = [head.weight.double().tolist(), head.bias.double().tolist()]
-    return sha256_text(json.dumps([*numbers, head.classes, head.layer, head.pooling]))
+    return _sha256_of(head.weight, head.bias, head.classes, head.layer, head.pooling)
+
+
+def _sha256_of(*parts) -> str:
+    "Hash tensors and plain data."
+    plain = [part.double().tolist() if isinstance(part, torch.Tensor) else part for part in parts]
+    return sha256_text(json.dumps(plain))
+
+
+def steerer_sha256(
+    steerers: Steerers,
+    method: str,  # one of METHODS
+) -> str | None:  # 64 hexadecimal digits; None: the method needs nothing
+    "Hash what a method steers with."
+    kind = NEEDS.get(method)
+    if kind is None:
+        return None
+    if kind == "head":
+        return head_sha256(steerers.head)
+    made = getattr(steerers, kind)
+    tensors = (made.directions, made.norms) if kind == "vectors" else (made.keys, made.values)
+    return _sha256_of(*tensors, made.classes, made.layers)
 
 
 @dataclass(frozen=True)
@@ -227,7 +255,7 @@ class GridPlan:
 def plan_grid(
     config: GridConfig,
     chat: ChatModel | None = None,  # None: loaded by name
-    head: AttributeHead | None = None,  # None: the one of the config
+    head: AttributeHead | Steerers | None = None,  # None: what the config names
     keep_chat: bool = True,  # False: workers load the model themselves
     progress: bool = True,  # show bars while a default head is trained
 ) -> GridPlan:
@@ -238,11 +266,9 @@ def plan_grid(
     cells = expand_cells(config, chat.num_layers)
     for cell in cells:
         select_layers(SteeringConfig.from_dict(cell["options"]).layers, chat.num_layers)
-    reader = None
-    if any(cell["method"] in NEED_HEAD for cell in cells):
-        head = head or _load_head(config, chat, progress)
-        check_head(head, chat, classes=ACTS)
-        reader = head_sha256(head)
+    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    steerers = _steerers(config, chat, head, methods, progress)
+    used = {method: steerer_sha256(steerers, method) for method in methods}
     dtype = next(name for name, kind in DTYPES.items() if kind == chat.dtype)
     shards = tuple(
         tuple(examples[i : i + config.shard_size]) for i in range(0, len(examples), config.shard_size)
@@ -252,24 +278,30 @@ def plan_grid(
     for seed, (number, shard) in itertools.product(config.seeds, enumerate(shards)):
         rows = [[example.id, act] for example, act in shard_rows(shard, config.targets)]
         for cell in cells:
-            used = reader if cell["method"] in NEED_HEAD else None
-            key = item_key(METHOD_VERSION, cell, rows, seed, *shas, used)
+            key = item_key(METHOD_VERSION, cell, rows, seed, *shas, used[cell["method"]])
             items.append(WorkItem(cell, number, seed, key))
     about = {"config": config.to_dict(), "model": identity(chat), "data": identity(corpus), "dtype": dtype}
-    about |= {"head": reader, "versions": package_versions()}
+    about |= {"steerers": used, "versions": package_versions()}
     about |= {"git_commit": git_commit(), "machine": machine()}
     work = SteerShard(
-        config.model, dtype, chat.sha256, config.targets, shards, head, chat if keep_chat else None
+        config.model, dtype, chat.sha256, config.targets, shards, steerers, chat if keep_chat else None
     )
     options = {cell["id"]: {"method": cell["method"]} | cell["options"] for cell in cells}
     return GridPlan(items, work, options, about)
 
 
-def _load_head(config: GridConfig, chat: ChatModel, progress: bool) -> AttributeHead:
-    "Give the head that the config names."
-    if config.head == "default":
-        return default_head(chat, system=SteeringConfig.from_dict(config.steering).system, progress=progress)
-    return AttributeHead.from_pretrained(config.head)
+def _steerers(config: GridConfig, chat: ChatModel, given, methods: list[str], progress: bool) -> Steerers:
+    "Give what the methods steer with, and check that it fits."
+    if given is None:
+        system = SteeringConfig.from_dict(config.steering).system
+        found = load_steerers(methods, chat, config.head, config.vectors, config.offsets, system, progress)
+    else:
+        found = given if isinstance(given, Steerers) else Steerers(head=given)
+    for method in methods:
+        if NEEDS.get(method) == "head" and found.head is not None:
+            check_head(found.head, chat, classes=ACTS)
+        check_steerer(method, chat, found, ACTS)
+    return found
 
 
 def run_grid(
@@ -279,7 +311,7 @@ def run_grid(
     address: str | None = None,  # of a Ray cluster; None: Ray on this machine
     progress: bool = True,
     chat: ChatModel | None = None,  # None: loaded by name
-    head: AttributeHead | None = None,  # None: the one of the config
+    head: AttributeHead | Steerers | None = None,  # None: what the config names
 ) -> GridSummary:
     "Steer every cell, or what is left to do of it."
     check_engine(engine, address)
@@ -292,7 +324,7 @@ def run_grid(
     label = config.name if progress else ""
     return run_items(plan.items, plan.work, out, engine, address, label, plan.about)
 
-# %% ../../nbs/perturb/60_grid.ipynb #daa036cb
+# %% ../../nbs/perturb/60_grid.ipynb #c8387580
 def differing_share(
     first: pd.DataFrame,  # of `read_parts`
     second: pd.DataFrame,  # the same grid, run elsewhere or in another dtype
@@ -307,7 +339,7 @@ def differing_share(
     pairs = zip(both.token_ids, both.token_ids_other, strict=True)
     return float(np.mean([list(mine) != list(other) for mine, other in pairs]))
 
-# %% ../../nbs/perturb/60_grid.ipynb #b8867f7c
+# %% ../../nbs/perturb/60_grid.ipynb #d60c612e
 SCORES_VERSION = 1  # raise it when scoring changes
 HUMAN = "human"
 
@@ -381,7 +413,7 @@ class _ScorePart:
             )
         return nll
 
-# %% ../../nbs/perturb/60_grid.ipynb #583f7876
+# %% ../../nbs/perturb/60_grid.ipynb #8af926a8
 def score_grid(
     out: Path | str,  # folder of the grid
     data: Path | str | None = None,  # where the corpus lies here; None: as when the grid ran

@@ -6,7 +6,7 @@
 __all__ = ['GuidedConfig', 'guided_weights', 'candidate_mask', 'keep_candidate', 'GuidedGenerations', 'generate_guided',
            'reference_guided']
 
-# %% ../../nbs/perturb/42_guided.ipynb #34ae6a2a
+# %% ../../nbs/perturb/42_guided.ipynb #c87e4b93
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +31,10 @@ from llama_dialogue.core.generation import (
     sample_rows,
     stop_token_ids,
 )
+from .attributes import as_parts
 from .settings import PPLMConfig, check_request
 
-# %% ../../nbs/perturb/42_guided.ipynb #a203b3b8
+# %% ../../nbs/perturb/42_guided.ipynb #31257e0a
 @dataclass(frozen=True)
 class GuidedConfig(GenerationConfig):
     "How replies are decoded under guidance; top_k is the number of tokens that the head weighs."
@@ -59,7 +60,7 @@ def guided_weights(
     best = log_target.masked_fill(probs == 0, -torch.inf).amax(-1, keepdim=True)
     return torch.where(probs == 0, 0, probs * (strength * (log_target - best)).exp())
 
-# %% ../../nbs/perturb/42_guided.ipynb #a3161d92
+# %% ../../nbs/perturb/42_guided.ipynb #4a7cc7fe
 def candidate_mask(
     past: Int[Tensor, "B T"],  # 1: a token, 0: padding
     num_candidates: int,  # N
@@ -84,7 +85,7 @@ def keep_candidate(
             states[:, :, length] = states[rows, :, length + chosen]
             setattr(layer, name, states[:, :, : length + 1])
 
-# %% ../../nbs/perturb/42_guided.ipynb #375014bf
+# %% ../../nbs/perturb/42_guided.ipynb #1c82fe19
 @torch.inference_mode()
 def _decode_guided(
     model: PreTrainedModel,
@@ -154,7 +155,7 @@ def _candidates(
     ids = probs.topk(most).indices.sort(-1).values
     return ids, probs.gather(1, ids)
 
-# %% ../../nbs/perturb/42_guided.ipynb #7ba74adc
+# %% ../../nbs/perturb/42_guided.ipynb #a7eec02f
 @dataclass(frozen=True)
 class GuidedGenerations(Generations):
     "Guided replies, in the order of the prompts."
@@ -177,7 +178,8 @@ def generate_guided(
     config, seeds = config or GuidedConfig(), row_seeds(len(prompts), seed, seeds)
     lengths = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
     check_head(head, pooling="steering")
-    check_request(model, lengths, labels, head, PPLMConfig(max_new_tokens=config.max_new_tokens))
+    parts, classes = as_parts(head, labels)
+    check_request(model, lengths, parts, classes, PPLMConfig(max_new_tokens=config.max_new_tokens))
     token_ids, read = ([[] for _ in prompts] for _ in range(2))
     failed = [False] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
@@ -196,7 +198,7 @@ def generate_guided(
     made = as_generations(model, tokenizer, token_ids, failed)
     return GuidedGenerations(made.replies, token_ids, made.stopped, failed, read)
 
-# %% ../../nbs/perturb/42_guided.ipynb #b9ea2707
+# %% ../../nbs/perturb/42_guided.ipynb #66a93f79
 @torch.no_grad()
 def reference_guided(
     model: PreTrainedModel,

@@ -6,7 +6,7 @@
 __all__ = ['KEY', 'HUMAN', 'LEVEL', 'SHOWN', 'read_scores', 'unperturbed_cell', 'cell_scores', 'compare_cells', 'pareto_front',
            'best_within', 'plot_control', 'plot_heat', 'plot_time', 'replies_side_by_side', 'write_report']
 
-# %% ../../nbs/perturb/70_report.ipynb #ea5aa910
+# %% ../../nbs/perturb/70_report.ipynb #68db2f11
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..core.plots import save_figure, set_style
 from ..core.records import load_rows
 from ..core.statistics import Interval, bootstrap_interval, holm, paired_bootstrap, rate_interval
 
-# %% ../../nbs/perturb/70_report.ipynb #520f9908
+# %% ../../nbs/perturb/70_report.ipynb #a6f516b7
 KEY = ["dialogue_id", "act", "seed"]  # what makes two replies comparable
 HUMAN = "human"
 
@@ -56,7 +56,7 @@ def unperturbed_cell(
         )
     return found[0]
 
-# %% ../../nbs/perturb/70_report.ipynb #27acc86d
+# %% ../../nbs/perturb/70_report.ipynb #959f62c3
 LEVEL = 0.05  # of the corrected p value
 
 
@@ -127,7 +127,7 @@ def _verdict(gain: Interval, p: float) -> str:
         return "not distinguishable"
     return "better" if gain.value > 0 else "worse"
 
-# %% ../../nbs/perturb/70_report.ipynb #18391d69
+# %% ../../nbs/perturb/70_report.ipynb #acd171cc
 def pareto_front(
     table: pd.DataFrame,  # of `compare_cells`
 ) -> list[str]:  # cells, from fluent to strong
@@ -150,7 +150,7 @@ def best_within(
     own = table[(table.perplexity_ratio <= ratio) & ~table.method.isin([HUMAN, "none"])]
     return max(own.index, key=lambda c: own.accuracy[c].value) if len(own) else None
 
-# %% ../../nbs/perturb/70_report.ipynb #aeef6077
+# %% ../../nbs/perturb/70_report.ipynb #68984258
 def plot_control(
     ax: Axes,
     table: pd.DataFrame,  # of `compare_cells`
@@ -217,7 +217,7 @@ def _missing(value) -> bool:
 def _short(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-# %% ../../nbs/perturb/70_report.ipynb #9e9c8d8e
+# %% ../../nbs/perturb/70_report.ipynb #282ebf26
 SHOWN = (
     "accuracy",
     "gain",
