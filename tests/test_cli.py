@@ -152,7 +152,16 @@ def test_attribute_train_eval_and_probe(capsys, tmp_path, monkeypatch):
 
 def test_bench_features(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny = ["--model", "tiny-llama-random", "--set", "max_dialogues=4", "--set", "loop=2", "--set", "rounds=1"]
+    tiny = [
+        "--model",
+        "tiny-llama-random",
+        "--set",
+        "max_dialogues=4",
+        "--set",
+        "loop=2",
+        "--set",
+        "rounds=1",
+    ]
     code, out, err = run(["bench", "features", *tiny, "--json"], capsys)
     assert code == 0 and json.loads(out)["metrics"]["batched"]["median"] > 0, err
     assert (tmp_path / "runs" / "attribute" / "bench-features.json").exists()
