@@ -194,7 +194,15 @@ def test_unfinished_grid_is_refused_unless_asked_for(out, log):
     assert read_parts(out, partial=True)["number"].tolist() == [1, 1, 2, 4]
 
 
-def test_ctrl_c(out, log, capsys):
+@pytest.fixture
+def hears_ctrl_c():
+    """A process that a script started in the background is deaf to Ctrl-C, and so are its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c(out, log, capsys, hears_ctrl_c):
     def interrupted(item):
         if item.shard == 2:
             signal.raise_signal(signal.SIGINT)
@@ -505,7 +513,7 @@ run_grid(GridConfig.from_yaml(config), out, progress=False, head=AttributeHead.f
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_kill_a_real_run(exact, head, tmp_path, kill):
+def test_kill_a_real_run(exact, head, tmp_path, kill, hears_ctrl_c):
     config, out = tmp_path / "grid.yaml", tmp_path / "out"
     make_config().to_yaml(config)
     head.save_pretrained(tmp_path / "head")

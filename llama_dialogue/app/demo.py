@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'demo_examples', 'score_rows', 'run_demo', 'replace_reply', 'demo_table', 'plot_demo', 'side_by_side']
 
-# %% ../../nbs/app/10_demo.ipynb #f26bb02f
+# %% ../../nbs/app/10_demo.ipynb #e308dc50
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..attribute.defaults import default_head, default_judge
+from ..attribute.defaults import default_judge
 from ..core.dialogues import ACTS, Corpus, Example, Turn, load_corpus, select_part
 from ..core.errors import InputError, check_choice
 from ..core.generation import derive_seed
@@ -24,12 +24,14 @@ from ..core.models import ChatModel, load_chat_model
 from ..core.plots import set_style
 from ..core.records import RunRecord, identity, save_rows, start_run
 from ..core.statistics import Interval, ratio_interval
+from ..perturb.grid import judge_sha256, steerer_sha256
 from ..perturb.layers import select_layers
+from ..perturb.making import load_steerers
 from ..perturb.methods import METHODS, SteeringConfig, steer
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/app/10_demo.ipynb #4a95718c
+# %% ../../nbs/app/10_demo.ipynb #7e3107ae
 @dataclass(frozen=True)
 class DemoConfig(SteeringConfig):
     "What the demo runs."
@@ -56,7 +58,7 @@ class DemoConfig(SteeringConfig):
                     f"{what}s={list(chosen)}: need one or more, each once, e.g. {what}s=[{next(iter(known))}]"
                 )
 
-# %% ../../nbs/app/10_demo.ipynb #a6d11181
+# %% ../../nbs/app/10_demo.ipynb #9a4065e1
 def demo_examples(
     corpus: Corpus,
     n: int,  # contexts
@@ -67,7 +69,7 @@ def demo_examples(
     free = replace(corpus, dialogues=tuple(select_part(corpus, "steer")))
     return one_context_each(free, n, max_context, seed)
 
-# %% ../../nbs/app/10_demo.ipynb #6ef648af
+# %% ../../nbs/app/10_demo.ipynb #ed432278
 def score_rows(
     rows: pd.DataFrame,  # of one method: dialogue_id, act, log-probabilities, nll, tokens, reply
 ) -> dict[str, Interval]:
@@ -80,7 +82,7 @@ def score_rows(
         "tokens": ratio_interval(rows.tokens, np.ones(len(rows)), clusters),
     }
 
-# %% ../../nbs/app/10_demo.ipynb #ae6904cc
+# %% ../../nbs/app/10_demo.ipynb #bc42c7c8
 def run_demo(
     config: DemoConfig,
     out: Path | str | None = "runs",  # record and rows go to out/demo/; None: nothing is written
@@ -95,13 +97,17 @@ def run_demo(
         select_layers(
             config.layers, chat.num_layers
         )  # refuses a range outside the model before any long work
-        head, judge = default_head(chat, progress=progress), default_judge(progress=progress)
+        steerers = load_steerers(config.methods, chat, progress=progress)
+        judge = default_judge(progress=progress)
+        shas = {f"{method} by": steerer_sha256(steerers, method) for method in config.methods}
+        shas |= {"judge": judge_sha256(judge)}
+        record.notes = "sha256: " + ", ".join(f"{what} {sha}" for what, sha in shas.items() if sha)
         pairs = [(example, act) for example in examples for act in config.acts]
         human = _human_scores(judge, examples)
         tables, generated, spent = [], 0, 0.0
         for method in config.methods:
             started = time.perf_counter()
-            table = _steered_rows(method, config, chat, head, pairs, progress)
+            table = _steered_rows(method, config, chat, steerers, pairs, progress)
             seconds = time.perf_counter() - started
             generated, spent = generated + table.tokens.sum(), spent + seconds
             tables.append(_judged_rows(table, config, chat, judge, pairs))
@@ -115,11 +121,15 @@ def run_demo(
     return record, rows
 
 
-def _steered_rows(method, config: DemoConfig, chat: ChatModel, head, pairs, progress: bool) -> pd.DataFrame:
+def _steered_rows(
+    method, config: DemoConfig, chat: ChatModel, steerers, pairs, progress: bool
+) -> pd.DataFrame:
     "Reply to every context and act with one method."
     contexts, acts = [example.context for example, _ in pairs], [act for _, act in pairs]
     seeds = [derive_seed(example.id, act, config.seed) for example, act in pairs]
-    out = steer(method, chat, head, contexts, acts, config, seeds=seeds, progress=method if progress else "")
+    out = steer(
+        method, chat, steerers, contexts, acts, config, seeds=seeds, progress=method if progress else ""
+    )
     return pd.DataFrame(
         {
             "method": method,
@@ -160,7 +170,7 @@ def replace_reply(
     "Put a generated reply in the place of the corpus' own."
     return replace(example, reply=Turn(reply.strip() or "..."))
 
-# %% ../../nbs/app/10_demo.ipynb #e2694c72
+# %% ../../nbs/app/10_demo.ipynb #3a017c1d
 def demo_table(
     record: RunRecord,
 ) -> pd.DataFrame:  # one row a method, intervals as text
@@ -205,7 +215,7 @@ def plot_demo(
     ax.set_title(f"{record.data['name']}: {n} contexts x {acts} acts, 95% intervals", fontsize="medium")
     return fig
 
-# %% ../../nbs/app/10_demo.ipynb #f7109888
+# %% ../../nbs/app/10_demo.ipynb #325b4e5a
 def side_by_side(
     rows: pd.DataFrame,  # of run_demo
     dialogue_id: str,
