@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'WorkItem', 'item_key', 'part_path', 'save_part', 'read_part', 'save_manifest', 'load_manifest',
            'list_parts', 'read_parts', 'check_engine', 'GridSummary', 'run_items']
 
-# %% ../../nbs/core/85_grid.ipynb #6a496301
+# %% ../../nbs/core/85_grid.ipynb #3093ac76
 import json
 import os
 import re
@@ -29,7 +29,7 @@ from .errors import InputError, MachineError, check_choice
 from .paths import atomic_file, check_writable, lock, sha256_text
 from .records import save_rows
 
-# %% ../../nbs/core/85_grid.ipynb #b456fefe
+# %% ../../nbs/core/85_grid.ipynb #a805d77f
 @dataclass(frozen=True)
 class WorkItem:
     "One shard of one cell under one seed."
@@ -46,7 +46,7 @@ def item_key(
     "Hash what determines an item's rows."
     return sha256_text(json.dumps(parts, sort_keys=True, allow_nan=False))[:24]
 
-# %% ../../nbs/core/85_grid.ipynb #527bfd00
+# %% ../../nbs/core/85_grid.ipynb #e93134d1
 _BROKEN = (ArrowException, OSError, ValueError, LookupError, TypeError, NotImplementedError)
 
 
@@ -93,7 +93,7 @@ def read_part(
     rows.attrs = {}
     return rows
 
-# %% ../../nbs/core/85_grid.ipynb #5f89a858
+# %% ../../nbs/core/85_grid.ipynb #525a01a0
 def save_manifest(
     out: Path | str,
     items: Sequence[WorkItem],
@@ -141,7 +141,7 @@ def read_parts(
     "Read a grid's rows, of the latest configuration only."
     return pd.concat([read_part(out, key) for key in list_parts(out, partial)], ignore_index=True)
 
-# %% ../../nbs/core/85_grid.ipynb #3cae68d1
+# %% ../../nbs/core/85_grid.ipynb #78f7fa5d
 @contextmanager
 def _owned(out: Path, key: str) -> Iterator[bool]:
     "Own an item while the block runs; False if somebody else does."
@@ -190,7 +190,7 @@ def _sweep(out: Path) -> None:
             if mine:
                 left.unlink(missing_ok=True)
 
-# %% ../../nbs/core/85_grid.ipynb #44577b81
+# %% ../../nbs/core/85_grid.ipynb #0f5599a8
 _RETRIES = 3  # times that Ray starts an item again after its worker died
 
 
@@ -274,7 +274,7 @@ def _answers(address: str) -> bool:
     except (OSError, OverflowError, subprocess.TimeoutExpired):
         return False
 
-# %% ../../nbs/core/85_grid.ipynb #11608378
+# %% ../../nbs/core/85_grid.ipynb #c8b43e05
 def _attempt(task: _Task, item: WorkItem) -> str | InputError | MachineError:
     "Run an item on a worker; hand expected errors back as they are, without Ray's wrapping."
     try:
@@ -317,7 +317,7 @@ def _outcome(ray, reference, item: WorkItem) -> str:
         raise outcome
     return outcome
 
-# %% ../../nbs/core/85_grid.ipynb #c2b41a71
+# %% ../../nbs/core/85_grid.ipynb #e80c1dd0
 @dataclass(frozen=True)
 class GridSummary:
     "What a run found and did."
@@ -381,7 +381,7 @@ def run_items(
                     time.sleep(0.5)
                 waiting = busy
     except KeyboardInterrupt:
-        there = found + sum(ended.values())
+        there = sum(_is_whole(out, item.key) for item in items)
         print(
             f"interrupted: {there} of {len(items)} parts are in {out}: run it again to go on", file=sys.stderr
         )
