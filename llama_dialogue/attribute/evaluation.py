@@ -6,7 +6,7 @@
 __all__ = ['EvaluationConfig', 'load_attribute_model', 'evaluate_job', 'ProbeConfig', 'probe_job', 'probe_table',
            'bench_features', 'FeatureBench', 'bench_features_job']
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #87af8fca
+# %% ../../nbs/attribute/80_evaluation.ipynb #194f6867
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ from ..core.models import ChatModel, load_chat_model
 from ..core.paths import sha256_file
 from ..core.records import RunRecord, identity, start_run
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #bb4b744c
+# %% ../../nbs/attribute/80_evaluation.ipynb #81dce8b8
 @dataclass(frozen=True)
 class EvaluationConfig(Config):
     "What a saved model is tested on."
@@ -108,7 +108,10 @@ def evaluate_job(
     chosen = [d for d in corpus if config.split in (None, d.split)]
     chosen = select_part(chosen, config.part) if config.part else chosen
     test = labelled(make_examples(chosen, config.all_turns), target)
-    own = {s: labelled(make_examples([d for d in corpus if d.split == s], True), target) for s in SPLITS}
+    own = {
+        split: labelled(make_examples([d for d in corpus if d.split == split], True), target)
+        for split in ("train", "validation")
+    }
     kept, overlap = drop_known(test, [] if config.split in (None, "train") else own["train"])
     test = test if config.known else kept
     if config.balanced:
@@ -147,7 +150,7 @@ def _predict(model: AttributeHead | Judge, test, chat: ChatModel | None, progres
         return model.predict(test, progress=bar)
     return model.predict(test, chat, bar)
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #7031535c
+# %% ../../nbs/attribute/80_evaluation.ipynb #9a0cb26d
 @dataclass(frozen=True)
 class ProbeConfig(ExampleConfig):
     "Which probes are trained."
@@ -206,7 +209,7 @@ def probe_table(
         for layer, scores in by_layer.items()
     )
 
-# %% ../../nbs/attribute/80_evaluation.ipynb #95a28756
+# %% ../../nbs/attribute/80_evaluation.ipynb #107e66b4
 def bench_features(
     chat: ChatModel,
     examples: Sequence[Example],
