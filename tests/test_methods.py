@@ -30,8 +30,8 @@ from llama_dialogue.perturb.pplm import PPLMConfig, generate_pplm
 from llama_dialogue.perturb.vectors import (
     SteeringVectors,
     added_vector,
-    generate_by_class,
     steering_vectors,
+    vector_edit,
 )
 from llama_dialogue.prompting.prompts import build_prompt
 
@@ -181,17 +181,51 @@ def test_decoding_by_class_changes_no_row(chat, batch_size):
         name: 2 * torch.randn(64, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(ACTS)
     }
 
-    def inside(name):
-        return added_vector(chat.model, 2, vectors[name])
+    def inside(classes):
+        return added_vector(chat.model, 2, torch.stack([vectors[name] for name in classes]))
 
-    plain = generate_by_class(chat, prompts, names, lambda name: nullcontext(), config, seed=4)
-    assert plain == generate(chat.model, chat.tokenizer, prompts, config, seed=4)
-    together = generate_by_class(chat, prompts, names, inside, config, seed=4)
+    plain = generate(chat.model, chat.tokenizer, prompts, config, seed=4)
+    together = generate(chat.model, chat.tokenizer, prompts, config, seed=4, classes=names, inside=inside)
     assert together.token_ids != plain.token_ids
     for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-        with inside(name):
+        with added_vector(chat.model, 2, vectors[name]):
             alone = generate(chat.model, chat.tokenizer, [prompt], config, seed=4 + row)
         assert alone.token_ids[0] == together.token_ids[row]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_offsets_by_row_change_no_row(chat, batch_size):
+    config = GenerationConfig(max_new_tokens=5, batch_size=batch_size)
+    offsets = random_offsets(chat, size=0.5)
+
+    def inside(classes):
+        return added_offsets(chat.model, offsets, classes, 2.0)
+
+    together = generate(chat.model, chat.tokenizer, PROMPTS, config, seed=4, classes=NAMES, inside=inside)
+    assert together.token_ids != generate(chat.model, chat.tokenizer, PROMPTS, config, seed=4).token_ids
+    for row, (prompt, name) in enumerate(zip(PROMPTS, NAMES, strict=True)):
+        alone = generate(
+            chat.model, chat.tokenizer, [prompt], config, seed=4 + row, classes=[name], inside=inside
+        )
+        assert alone.token_ids[0] == together.token_ids[row]
+
+
+def test_a_vector_edit_gives_each_row_its_own(llama, examples):
+    vectors = steering_vectors(llama, examples)
+    edit = vector_edit(llama, vectors, 2, 0.5)
+    ids = llama.tokenizer(PROMPTS[1], return_tensors="pt", add_special_tokens=False).input_ids
+    entered = []
+    handle = (
+        llama.model.get_decoder().layers[2].register_forward_pre_hook(lambda m, args: entered.append(args[0]))
+    )
+    with torch.no_grad():
+        llama.model(ids.expand(2, -1))
+        with edit(["question", "commissive"]):
+            llama.model(ids.expand(2, -1))
+    handle.remove()
+    moved = (entered[1] - entered[0])[:, -1]
+    wanted = torch.stack([vectors.vector(name, 2, 0.5) for name in ("question", "commissive")])
+    assert torch.allclose(moved, wanted.to(moved), atol=1e-5)
 
 
 def test_vectors_are_saved_whole(llama, examples, tmp_path):
@@ -216,7 +250,7 @@ def test_vectors_are_saved_whole(llama, examples, tmp_path):
         (lambda chat, e: steering_vectors(chat, [x for x in e if x.reply.act != "question"]), "'question'"),
         (lambda chat, e: steering_vectors(chat, e, layers=[2]).vector("question", 3), "layers=\\[3\\]"),
         (lambda chat, e: added_vector(chat.model, 5, torch.zeros(64)).__enter__(), "1..4"),
-        (lambda chat, e: generate_by_class(chat, PROMPTS, NAMES[:2], nullcontext), "2 classes for 5"),
+        (lambda chat, e: generate(chat.model, chat.tokenizer, PROMPTS, classes=NAMES[:2]), "2 classes for 5"),
     ],
 )
 def test_wrong_vectors_are_refused(llama, examples, attempt, told):
@@ -381,7 +415,7 @@ def test_offsets_equal_adding_to_the_cache_by_hand(chat):
         return torch.cat([begun.logits, *words], 1)
 
     plain = read()
-    with added_offsets(chat.model, offsets, "question", 1.5):
+    with added_offsets(chat.model, offsets, ["question"], 1.5):
         biased = read()
     with attention_by(chat.model, "offsets_by_hand"):
         expected = read()
@@ -392,7 +426,7 @@ def test_the_cache_of_one_layer_moves_by_the_turned_offset(chat):
     offsets = random_offsets(chat, layers=(3,))
     ids = chat.tokenizer(PROMPTS[0], return_tensors="pt", add_special_tokens=False).input_ids
     caches = []
-    for edit in (nullcontext(), added_offsets(chat.model, offsets, "inform", 2.0)):
+    for edit in (nullcontext(), added_offsets(chat.model, offsets, ["inform"], 2.0)):
         with edit, torch.no_grad():
             caches.append(chat.model(ids, use_cache=True).past_key_values.layers)
     cos, sin = rotary_factors(chat.model, ids.shape[1], torch.float64)
@@ -412,7 +446,7 @@ def test_offsets_are_undone(chat):
         for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)
     ]
     names = list(chat.model.state_dict())
-    assert_undone(chat, lambda: added_offsets(chat.model, offsets, "directive"))
+    assert_undone(chat, lambda: added_offsets(chat.model, offsets, ["directive"]))
     after = [
         p.bias
         for layer in chat.model.get_decoder().layers
@@ -486,7 +520,7 @@ def test_a_small_offset_survives_in_bfloat16():
     offsets = random_offsets(chat, layers=(0,), size=0.002)
     ids = torch.arange(4, 260)[None]
     caches = []
-    for edit in (nullcontext(), added_offsets(chat.model, offsets, "inform")):
+    for edit in (nullcontext(), added_offsets(chat.model, offsets, ["inform"])):
         with edit, torch.no_grad():
             caches.append(chat.model(ids, use_cache=True).past_key_values.layers[0].values[0].double())
     moved, wanted = (caches[1] - caches[0]).mean(1), offsets.values[0, 0]
@@ -589,3 +623,16 @@ def test_wrong_settings_are_refused(change):
 def test_a_layer_without_vectors_is_refused(llama, steerers):
     with pytest.raises(InputError, match="vector_layer=9"):
         steer("vector", llama, steerers, CONTEXTS, NAMES, SMALL.override(["vector_layer=9"]))
+
+
+def test_guided_candidates_compete(llama, head):
+    config = SMALL.override(["best_of=3", "temperature=3"])
+    said = steer("guided_best_of_n", llama, head, CONTEXTS, NAMES, config, seed=3)
+    prompts = [build_prompt(llama.tokenizer, c, "none") for c in CONTEXTS]
+    for row, (prompt, label) in enumerate(zip(prompts, LABELS, strict=True)):
+        seeds = [3 + row, *(derive_seed(3 + row, k) for k in (1, 2))]
+        tried = generate_guided(
+            llama.model, llama.tokenizer, [prompt] * 3, [label] * 3, head, config.guided(), seeds=seeds
+        )
+        read = head(reply_features(llama, [prompt] * 3, tried.token_ids))[:, label]
+        assert said.token_ids[row] == tried.token_ids[int(read.argmax())]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['rotary_factors', 'rotate', 'unrotate', 'total_perturbation', 'Offsets', 'distil_offsets', 'added_offsets']
 
-# %% ../../nbs/perturb/44_distil.ipynb #e2283908
-from collections.abc import Iterator
+# %% ../../nbs/perturb/44_distil.ipynb #c85e81fd
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from .settings import PPLMConfig
 from .vectors import load_tensors, save_tensors
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/perturb/44_distil.ipynb #3448dc55
+# %% ../../nbs/perturb/44_distil.ipynb #6351fc89
 def rotary_factors(
     model: PreTrainedModel,
     length: int,  # T, positions 0..T-1
@@ -60,7 +60,7 @@ def unrotate(
     "Turn cached keys back."
     return rotate(keys, cos, -sin) / (cos.square() + sin.square())
 
-# %% ../../nbs/perturb/44_distil.ipynb #7edee381
+# %% ../../nbs/perturb/44_distil.ipynb #6f47ff33
 def total_perturbation(
     deltas: list[Float[Tensor, "L 2 K T D"]],  # of one reply, token by token; T grows
 ) -> Float[Tensor, "L 2 K T D"]:  # as long as the last
@@ -70,7 +70,7 @@ def total_perturbation(
         total[..., : delta.shape[-2], :] += delta
     return total
 
-# %% ../../nbs/perturb/44_distil.ipynb #9b24cc0d
+# %% ../../nbs/perturb/44_distil.ipynb #776206f5
 @dataclass(frozen=True)
 class Offsets:
     "What to add to the keys and values of some layers, for each class."
@@ -106,7 +106,7 @@ def from_pretrained(
     values = load_tensors(folder, "offsets", ("keys", "values"), _KEPT)
     return cls(**values | {name: tuple(values[name]) for name in ("classes", "layers")})
 
-# %% ../../nbs/perturb/44_distil.ipynb #1e4590c5
+# %% ../../nbs/perturb/44_distil.ipynb #a2acbd10
 def distil_offsets(
     chat: ChatModel,
     head: AttributeHead,
@@ -181,32 +181,43 @@ def _as_offsets(chat: ChatModel, classes: tuple[str, ...], config: PPLMConfig, a
     }
     return Offsets(keys, values, classes, layers, chat.sha256, config.to_dict(), report)
 
-# %% ../../nbs/perturb/44_distil.ipynb #d50f06bc
+# %% ../../nbs/perturb/44_distil.ipynb #e884d245
 @contextmanager
 def added_offsets(
     model: PreTrainedModel,
     offsets: Offsets,
-    name: str,  # a class
+    names: Sequence[str],  # the class of each row of a pass
     strength: float = 1.0,  # 1: what PPLM had done to the average position
 ) -> Iterator[None]:
-    "Add a class's offsets to all keys and values that are made inside a `with` block."
-    place = offsets.classes.index(check_choice("class", name, offsets.classes))
-    changes = []
-    for layer, keys, values in zip(offsets.layers, offsets.keys[place], offsets.values[place], strict=True):
+    "Add each row's offsets to all keys and values that are made inside a `with` block."
+    places = [offsets.classes.index(check_choice("class", name, offsets.classes)) for name in names]
+    handles = []
+    shifts = strength * torch.stack([offsets.keys, offsets.values], 2)[places].flatten(3)  # [B L 2 KD]
+    shifts = shifts.to(model.device, model.dtype)[..., None, :]
+    for place, layer in enumerate(offsets.layers):
         attention = model.get_decoder().layers[layer].self_attn
-        for projection, shift in ((attention.k_proj, keys), (attention.v_proj, values)):
-            if not isinstance(projection, nn.Linear) or projection.out_features != shift.numel():
+        for part, projection in enumerate((attention.k_proj, attention.v_proj)):
+            if type(projection) is not nn.Linear or projection.out_features != shifts.shape[-1]:
                 raise InputError(
-                    f"layer {layer}: {type(projection).__name__} for offsets of {shift.numel()} numbers: need a "
-                    f"linear layer of this size, e.g. the model that they were distilled on, adapters merged"
+                    f"layer {layer}: {type(projection).__name__} for offsets of {shifts.shape[-1]} numbers: need a "
+                    f"plain linear layer of this size, e.g. the model that they were distilled on, in bf16, "
+                    f"adapters merged"
                 )
-            changes.append((projection, projection.bias, strength * shift.flatten()))
+            handles.append((projection, shifts[:, place, part]))
+    handles = [projection.register_forward_hook(_adding(shift)) for projection, shift in handles]
     try:
-        for projection, bias, shift in changes:
-            shift = shift.to(projection.weight.device)
-            shifted = shift if bias is None else bias.detach() + shift
-            projection.bias = nn.Parameter(shifted.to(model.dtype), requires_grad=False)
         yield
     finally:
-        for projection, bias, _ in changes:
-            projection.bias = bias
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(shift: Float[Tensor, "B 1 KD"]) -> Callable:
+    "Make a hook that computes a linear layer again, each row with its own bias."
+
+    def again(projection, inputs, output):
+        bias = shift if projection.bias is None else shift + projection.bias
+        rows = bias.expand(output.shape).flatten(0, 1)
+        return torch.addmm(rows, inputs[0].flatten(0, 1), projection.weight.T).view(output.shape)
+
+    return again

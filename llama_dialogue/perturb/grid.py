@@ -28,7 +28,7 @@ from ..attribute.judge import Judge
 from ..core.config import Config
 from ..core.dialogues import ACTS, Corpus, Example, Turn, load_corpus, select_part
 from ..core.errors import InputError, check_choice
-from ..core.generation import derive_seed
+from ..core.generation import count_passes, derive_seed
 from llama_dialogue.core.grid import (
     GridSummary,
     WorkItem,
@@ -161,7 +161,7 @@ def shard_rows(
     ]
 
 # %% ../../nbs/perturb/60_grid.ipynb #c017c09d
-METHOD_VERSION = 1  # raise it when the methods' rows change: older parts are then left aside
+METHOD_VERSION = 2  # raise it when the methods' rows change: older parts are then left aside
 
 
 @lru_cache(maxsize=1)
@@ -197,7 +197,8 @@ class SteerShard:
         config = SteeringConfig.from_dict(item.cell["options"])
         seeds = [derive_seed(dialogue, act, item.seed) for dialogue, act in zip(ids, acts, strict=True)]
         started = time.perf_counter()
-        out = steer(item.cell["method"], chat, self.steerers, contexts, acts, config, seeds=seeds)
+        with count_passes(chat.model) as count:
+            out = steer(item.cell["method"], chat, self.steerers, contexts, acts, config, seeds=seeds)
         seconds = time.perf_counter() - started
         return pd.DataFrame(
             {
@@ -210,6 +211,7 @@ class SteerShard:
                 "stopped": out.stopped,
                 "failed": out.failed,
                 "seconds": seconds / len(pairs),
+                "forwards": count.passes / len(pairs),
             }
         )
 
