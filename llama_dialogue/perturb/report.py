@@ -26,7 +26,7 @@ from ..core.paths import atomic_file
 from ..core.plots import save_figure, set_style
 from ..core.records import load_rows
 from ..core.statistics import Interval, bootstrap_interval, holm, paired_bootstrap, rate_interval
-from .grid import HUMAN
+from .scores import HUMAN
 
 # %% ../../nbs/perturb/70_report.ipynb #6a441920
 KEY = ["dialogue_id", "act", "seed"]  # what makes two replies comparable
