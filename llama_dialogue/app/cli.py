@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Command', 'Group', 'cli', 'main', 'config_options']
 
-# %% ../../nbs/app/20_cli.ipynb #3bfc46fa
+# %% ../../nbs/app/20_cli.ipynb #67ebe7e4
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-# %% ../../nbs/app/20_cli.ipynb #9b91ca8f
+# %% ../../nbs/app/20_cli.ipynb #c95dbff3
 class Command(click.Command):
     "A command that tells wrong input in one line."
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:  # None: those of the shel
     except click.Abort:
         _fail("interrupted", 130)
 
-# %% ../../nbs/app/20_cli.ipynb #4fb1e2f4
+# %% ../../nbs/app/20_cli.ipynb #2207ac6e
 def _configured(config_class, path: str | None, assignments: tuple[str, ...], **options):
     "Build a config from its defaults, a YAML file, options that were given, and --set, in this order."
     config = config_class.from_yaml(path) if path else config_class()
@@ -103,7 +103,7 @@ def _print_json(value) -> None:
     "Print a value as JSON."
     click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
-# %% ../../nbs/app/20_cli.ipynb #824cee80
+# %% ../../nbs/app/20_cli.ipynb #6d486653
 @cli.group("models", cls=Group, invoke_without_command=True, short_help="List the models, or get one ahead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.pass_context
@@ -130,7 +130,7 @@ def _models_get(name, revision):
 
     click.echo(f"{name}: {get_model(name, revision)}")
 
-# %% ../../nbs/app/20_cli.ipynb #688c0828
+# %% ../../nbs/app/20_cli.ipynb #3fa2ff0b
 @cli.command("corpus", short_help="Count a corpus, report what was skipped and what splits share.")
 @click.argument("data", default="sample")
 @click.option("--strict/--no-strict", default=False, help="Stop at the first fault instead of reporting all.")
@@ -175,7 +175,7 @@ def _corpus(data, strict, as_json):
         click.echo("\nhow much of `probe` stands in `base`, word for word (exact) or nearly (near):")
         _print_table(overlap)
 
-# %% ../../nbs/app/20_cli.ipynb #45dc67f4
+# %% ../../nbs/app/20_cli.ipynb #c8e086d2
 @cli.command("demo", short_help="Steer replies towards each act; print a table, write a figure.")
 @click.option("--data", help="sample, a folder, a file, or a name below LLAMA_DIALOGUE_DATA.")
 @click.option("--n", type=int, help="Number of contexts; each is steered towards each act.")
@@ -212,7 +212,7 @@ def _print_replies(table) -> None:
         for method, reply in row.items():
             click.echo(f"  {method:<10} {' '.join(reply.split())}")
 
-# %% ../../nbs/app/20_cli.ipynb #74709c08
+# %% ../../nbs/app/20_cli.ipynb #0e397624
 @cli.command("reply", short_help="Reply to a context, if wished towards an act.")
 @click.option(
     "--context", "turns", multiple=True, required=True, help="A turn; repeat for more, the last is answered."
@@ -235,7 +235,7 @@ def _reply(turns, act, method, model, config_path, assignments, seed, as_json):
     else:
         click.echo(answer["reply"])
 
-# %% ../../nbs/app/20_cli.ipynb #0bf75538
+# %% ../../nbs/app/20_cli.ipynb #6ed89bac
 @cli.group("prompting", cls=Group, short_help="Run the prompting study.")
 def _prompting():
     """How must a chat model be asked so that it speaks as a person?"""
@@ -262,7 +262,7 @@ def _prompting_run(data, n, model, out, config_path, assignments, seed, as_json)
     _print_table(prompting_table(record))
     click.echo(f"\nrecord {folder / record.name}.json")
 
-# %% ../../nbs/app/20_cli.ipynb #03fafa3b
+# %% ../../nbs/app/20_cli.ipynb #41da3b5d
 @cli.group("attribute", cls=Group, short_help="Train, test and probe heads and judges.")
 def _attribute():
     """Read act and emotion from hidden states, or judge replies with a BERT."""
@@ -360,7 +360,7 @@ def _print_scores(record, as_json: bool) -> None:
     _print_table(pd.DataFrame({"score": scores} | table))
     click.echo(f"{record.metrics['accuracy'].n:,} replies of {record.data['name']}, 95% intervals")
 
-# %% ../../nbs/app/20_cli.ipynb #153bd483
+# %% ../../nbs/app/20_cli.ipynb #7796ab01
 @cli.group("perturb", cls=Group, short_help="Make steering vectors and distilled offsets.")
 def _perturb():
     """Make what the methods `vector` and `distilled` steer with."""
@@ -402,7 +402,7 @@ def _perturb_distil(out, records_folder, config_path, assignments, as_json, **gi
     """Run PPLM on training contexts and average what it does to keys and values."""
     _making("make_offsets", config_path, assignments, out, records_folder, as_json, given)
 
-# %% ../../nbs/app/20_cli.ipynb #55cca3a4
+# %% ../../nbs/app/20_cli.ipynb #e91eb0cd
 @cli.group("grid", cls=Group, short_help="Run and score a grid of steering methods.")
 def _grid():
     """Run many steering cells on the same contexts, resumably, and score them."""
@@ -445,6 +445,33 @@ def _grid_score(folder, data, judge, second, records):
     click.echo(f"{len(scores):,} replies scored: {Path(folder) / 'scores.parquet'}")
 
 
+@_grid.command("sheet")
+@click.argument("folder")
+@click.option("--out", help="The CSV file; sheet.csv in the grid's folder if none is given.")
+@click.option("--n", default=200, show_default=True, help="Replies on the sheet.")
+@click.option("--seed", default=0, show_default=True, help="Of the draw.")
+@click.option("--data", help="Where the grid's corpus lies now; None: as the grid was run.")
+def _grid_sheet(folder, out, n, seed, data):
+    """Write replies of the scored grid in FOLDER on a sheet, for a person to label."""
+    from llama_dialogue.perturb.labels import grid_sheet
+
+    click.echo(f"{grid_sheet(folder, out, n, seed, data)}: fill in the column `label`")
+
+
+@_grid.command("labels")
+@click.argument("folder")
+@click.argument("sheet")
+@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
+def _grid_labels(folder, sheet, records_folder):
+    """Compare the judge of the scored grid in FOLDER with the labels on SHEET."""
+    from llama_dialogue.perturb.labels import record_labels
+
+    record, _ = record_labels(folder, sheet, records_folder)
+    for part, scores in record.metrics.items():
+        if part != "confusion":
+            click.echo(f"{part}: " + ", ".join(f"{name} {value}" for name, value in scores.items()))
+
+
 @cli.command("report", short_help="Compare the cells of a scored grid: table, text, figures.")
 @click.argument("folder")
 @click.option("--out", help="Folder for the report; the grid's own if none is given.")
@@ -461,7 +488,7 @@ def _report(folder, out, as_json):
     _print_table(table[shown].fillna("").astype(str).reset_index())
     click.echo(f"\nreport {path}")
 
-# %% ../../nbs/app/20_cli.ipynb #82bb17d0
+# %% ../../nbs/app/20_cli.ipynb #b82c13b4
 @cli.group("bench", cls=Group, short_help="Time the fast paths against the plain ones.")
 def _bench():
     """Time the fast paths against the plain ones, in one run on one machine."""
@@ -486,7 +513,7 @@ def _bench_features(records_folder, config_path, assignments, as_json, **given):
     timed = {name: value for name, value in record.metrics.items() if name != "n"}
     _print_table(pd.DataFrame([{"replies per second": name} | value for name, value in timed.items()]))
 
-# %% ../../nbs/app/20_cli.ipynb #ed563bc8
+# %% ../../nbs/app/20_cli.ipynb #6eeb16bc
 @_bench.command("perturb")
 @click.option("--model", help="Folder, registry name or hub id.")
 @click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
@@ -502,7 +529,7 @@ def _bench_perturb(records_folder, config_path, assignments, as_json, **given):
     else:
         _print_table(bench_table(record))
 
-# %% ../../nbs/app/20_cli.ipynb #6fd66f41
+# %% ../../nbs/app/20_cli.ipynb #338962e6
 @cli.command("records", short_help="List the records of a folder.")
 @click.argument("folder", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

@@ -7,7 +7,7 @@ __all__ = ['Inside', 'row_uniforms', 'sample_rows', 'derive_seed', 'encode_promp
            'apply_repetition_penalty', 'keep_top_k', 'Generations', 'generate', 'as_generations', 'row_seeds',
            'PassCount', 'count_passes', 'stream', 'best_of_n']
 
-# %% ../../nbs/core/60_generation.ipynb #69568427
+# %% ../../nbs/core/60_generation.ipynb #955316bb
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from .config import Config
 from .errors import InputError
 
-# %% ../../nbs/core/60_generation.ipynb #4a0db528
+# %% ../../nbs/core/60_generation.ipynb #c06f4203
 def row_uniforms(
     seeds: list[int],  # one seed a row
     steps: int,  # T
@@ -46,14 +46,14 @@ def sample_rows(
     point = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
-# %% ../../nbs/core/60_generation.ipynb #a636f7d0
+# %% ../../nbs/core/60_generation.ipynb #2abbf201
 def derive_seed(
     *parts: str | int,  # what identifies the row, e.g. dialogue id, target act, seed of the run
 ) -> int:  # 0 ... 2**63 - 1
     "Hash what identifies a row into the seed of its random stream."
     return int.from_bytes(sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
-# %% ../../nbs/core/60_generation.ipynb #0f11668f
+# %% ../../nbs/core/60_generation.ipynb #1d7d9ca3
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],  # complete prompts, special tokens included
@@ -81,7 +81,7 @@ def stop_token_ids(
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({i for i in [*ends, tokenizer.eos_token_id] if i is not None})
 
-# %% ../../nbs/core/60_generation.ipynb #1decfd72
+# %% ../../nbs/core/60_generation.ipynb #33d0899c
 @dataclass(frozen=True)
 class GenerationConfig(Config):
     "How replies are decoded."
@@ -125,7 +125,7 @@ def keep_top_k(
         probs = torch.where(probs >= least, probs, 0)
     return probs / probs.sum(-1, keepdim=True)
 
-# %% ../../nbs/core/60_generation.ipynb #73884a8d
+# %% ../../nbs/core/60_generation.ipynb #2001be31
 Inside = Callable[[list[str]], AbstractContextManager]  # classes of a pass's rows -> a `with` block
 
 
@@ -153,7 +153,7 @@ def _decode(
     stops = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
     uniforms = row_uniforms(seeds, config.max_new_tokens).to(model.device)
     cache, positions = DynamicCache(), (mask.cumsum(-1) - 1).clamp(min=0)
-    last = torch.tensor([-1], device=model.device)  # as a tensor: sliced states would cost a copy of the output matrix a row
+    last = torch.tensor([-1], device=model.device)  # a slice would copy the output matrix for every row
     forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=last)
     with inside([name for _, name in unique]):
         logits = forward(ids, attention_mask=mask, position_ids=positions).logits[which, -1].float()
@@ -196,7 +196,7 @@ def _check_room(model: PreTrainedModel, prompt_length: int, max_new_tokens: int)
             f"e.g. a context of fewer turns"
         )
 
-# %% ../../nbs/core/60_generation.ipynb #1ec3616a
+# %% ../../nbs/core/60_generation.ipynb #a6aa276b
 @dataclass(frozen=True)
 class Generations:
     "Replies, in the order of the prompts."
@@ -270,7 +270,7 @@ def row_seeds(
         )
     return list(seeds)
 
-# %% ../../nbs/core/60_generation.ipynb #80059f32
+# %% ../../nbs/core/60_generation.ipynb #1d9a252d
 @dataclass
 class PassCount:
     "Tokens that went through the whole model."
@@ -297,7 +297,7 @@ def count_passes(
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/core/60_generation.ipynb #42f3515e
+# %% ../../nbs/core/60_generation.ipynb #287a333d
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -315,7 +315,7 @@ def stream(
             yield text[len(said) :]
             said = text
 
-# %% ../../nbs/core/60_generation.ipynb #68eedfdf
+# %% ../../nbs/core/60_generation.ipynb #29580c07
 def best_of_n(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

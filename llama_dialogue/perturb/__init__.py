@@ -15,4 +15,5 @@ from .making import *
 from .grid import *
 from .scores import *
 from .report import *
+from .labels import *
 from .own_attribute import *
