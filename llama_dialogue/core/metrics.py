@@ -158,8 +158,9 @@ def _read_prompts(model: PreTrainedModel, rows: list[list[int]]) -> list[_ReadPr
     "Read prompts, given as token ids, up to their last tokens."
     ids, mask = (t.to(model.device) for t in _left_padded([row[:-1] for row in rows]))
     cache, positions = DynamicCache(), (mask.cumsum(1) - 1).clamp(min=0)
-    options = dict(position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    model(input_ids=ids, attention_mask=mask, **options)
+    options = dict(position_ids=positions, past_key_values=cache, use_cache=True)
+    last = torch.tensor([-1], device=model.device)  # as a tensor: slices are slow, as in `generate`
+    model(input_ids=ids, attention_mask=mask, logits_to_keep=last, **options)
     states = [[s.transpose(1, 2) for s in (layer.keys, layer.values)] for layer in cache.layers]
     width = ids.shape[1]
     return [
