@@ -6,7 +6,7 @@
 __all__ = ['split_words', 'distinct_n', 'distinct_interval', 'entropy_n', 'entropy_interval', 'repetition_n', 'PromptReader',
            'reply_nll', 'perplexity', 'median_perplexity', 'template_replies', 'text_nll', 'judged_scores']
 
-# %% ../../nbs/core/75_metrics.ipynb #8714cf14
+# %% ../../nbs/core/75_metrics.ipynb #dc38f4f2
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -23,7 +23,7 @@ from .errors import InputError
 from .generation import stop_token_ids
 from .statistics import Interval, bootstrap_interval, rate_interval, ratio_interval
 
-# %% ../../nbs/core/75_metrics.ipynb #4d5558cd
+# %% ../../nbs/core/75_metrics.ipynb #02b7ff64
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
@@ -45,7 +45,7 @@ def _check_replies(what: str, replies: Sequence[str], n: int) -> None:
     if isinstance(replies, str) or not len(replies) or n < 1:
         raise InputError(f"{what}-{n} of {replies!r}: need n >= 1 and a list of replies, e.g. ['Yes.'], n=1")
 
-# %% ../../nbs/core/75_metrics.ipynb #a6a335f7
+# %% ../../nbs/core/75_metrics.ipynb #0d14277a
 def distinct_n(
     replies: Sequence[str],
     n: int,  # words in a phrase, usually 1, 2 and 3
@@ -55,7 +55,7 @@ def distinct_n(
     grams = [gram for reply in replies for gram in _ngrams(reply, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
-# %% ../../nbs/core/75_metrics.ipynb #7142551f
+# %% ../../nbs/core/75_metrics.ipynb #6631a446
 def _grams_by_cluster(
     replies: Sequence[str], n: int, clusters: Sequence | None
 ) -> dict[Hashable, Counter[tuple[str, ...]]]:
@@ -94,7 +94,7 @@ def distinct_interval(
         left_out.append((len(users) - alone) / rest if rest else np.nan)
     return _jackknife(value, left_out, len(replies), most=1.0)
 
-# %% ../../nbs/core/75_metrics.ipynb #a1c35358
+# %% ../../nbs/core/75_metrics.ipynb #6379dd88
 def _c_log_c(count: int) -> float:
     return count * np.log(count) if count else 0.0
 
@@ -109,7 +109,7 @@ def entropy_n(
     total = counts.total()
     return float(np.log(total) - sum(map(_c_log_c, counts.values())) / total) if total else 0.0
 
-# %% ../../nbs/core/75_metrics.ipynb #f073bfdd
+# %% ../../nbs/core/75_metrics.ipynb #2c178832
 def entropy_interval(
     replies: Sequence[str],
     n: int,  # words in a phrase
@@ -125,7 +125,7 @@ def entropy_interval(
         left_out.append(np.log(rest) - (spread - gone) / rest if rest else np.nan)
     return _jackknife(value, left_out, len(replies), most=np.inf)
 
-# %% ../../nbs/core/75_metrics.ipynb #443fc3ee
+# %% ../../nbs/core/75_metrics.ipynb #0577ca00
 def repetition_n(
     replies: Sequence[str],
     n: int = 4,  # words in a phrase
@@ -135,7 +135,7 @@ def repetition_n(
     grams = [_ngrams(reply, n) for reply in replies]
     return np.array([1 - len(set(g)) / len(g) if g else 0.0 for g in grams])
 
-# %% ../../nbs/core/75_metrics.ipynb #cfd0d8d4
+# %% ../../nbs/core/75_metrics.ipynb #ceb57a4d
 @dataclass(frozen=True)
 class _ReadPrompt:
     "What a model remembers of a prompt."
@@ -159,7 +159,8 @@ def _read_prompts(model: PreTrainedModel, rows: list[list[int]]) -> list[_ReadPr
     ids, mask = (t.to(model.device) for t in _left_padded([row[:-1] for row in rows]))
     cache, positions = DynamicCache(), (mask.cumsum(1) - 1).clamp(min=0)
     options = dict(position_ids=positions, past_key_values=cache, use_cache=True)
-    model.get_decoder()(input_ids=ids, attention_mask=mask, **options)
+    last = torch.tensor([-1], device=model.device)  # as a tensor: slices are slow, as in `generate`
+    model(input_ids=ids, attention_mask=mask, logits_to_keep=last, **options)
     states = [[s.transpose(1, 2) for s in (layer.keys, layer.values)] for layer in cache.layers]
     width = ids.shape[1]
     return [
@@ -167,7 +168,7 @@ def _read_prompts(model: PreTrainedModel, rows: list[list[int]]) -> list[_ReadPr
         for i, row in enumerate(rows)
     ]
 
-# %% ../../nbs/core/75_metrics.ipynb #27f3170b
+# %% ../../nbs/core/75_metrics.ipynb #7c31c916
 def _continued_nll(
     model: PreTrainedModel, prompts: list[_ReadPrompt], replies: list[list[int]]
 ) -> list[float]:  # nats
@@ -200,7 +201,7 @@ def _continued_nll(
         nll.append(-scores.gather(1, said[:, None]).double().sum().item())
     return nll
 
-# %% ../../nbs/core/75_metrics.ipynb #b2c50177
+# %% ../../nbs/core/75_metrics.ipynb #c6807253
 class PromptReader:
     "Score replies to prompts that are each read once, and remembered for the next replies."
 
@@ -284,7 +285,7 @@ def reply_nll(
     "Sum the negative log-likelihood of each reply given its prompt."
     return PromptReader(model, tokenizer, batch_tokens, kept_tokens=0).score(prompts, token_ids)
 
-# %% ../../nbs/core/75_metrics.ipynb #65967251
+# %% ../../nbs/core/75_metrics.ipynb #1bcfdfc0
 def perplexity(
     nll: Sequence[float],  # [N] nats of each reply
     tokens: Sequence[int],  # [N] tokens of each reply
@@ -293,7 +294,7 @@ def perplexity(
     "Estimate the token-weighted perplexity with its interval."
     return ratio_interval(nll, tokens, clusters, transform=np.exp)
 
-# %% ../../nbs/core/75_metrics.ipynb #f442ecf5
+# %% ../../nbs/core/75_metrics.ipynb #d963b0c8
 def median_perplexity(
     nll: Sequence[float],  # [N] nats of each reply
     tokens: Sequence[int],  # [N] tokens of each reply
@@ -307,7 +308,7 @@ def median_perplexity(
         )
     return bootstrap_interval(np.exp(nll / tokens), statistic=np.median, clusters=clusters)
 
-# %% ../../nbs/core/75_metrics.ipynb #bfd504bc
+# %% ../../nbs/core/75_metrics.ipynb #ea80a11e
 def template_replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -346,7 +347,7 @@ def text_nll(
     nll, tokens = reader.score(prompts, template_replies(model, tokenizer, replies))
     return nll, tokens, np.array([1 + len(split_words(reply)) for reply in replies])
 
-# %% ../../nbs/core/75_metrics.ipynb #243820b4
+# %% ../../nbs/core/75_metrics.ipynb #22f82d30
 def judged_scores(
     log_probs: Float[torch.Tensor, "N C"] | Float[np.ndarray, "N C"],  # of the judge, each row sums to 1
     labels: Sequence[int],  # [N] the wanted class, 0..C-1
