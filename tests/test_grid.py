@@ -26,6 +26,7 @@ from llama_dialogue.core.grid import WorkItem, check_engine, item_key, part_path
 from llama_dialogue.core.metrics import reply_nll
 from llama_dialogue.core.models import load_encoder, tiny_chat_model
 from llama_dialogue.core.paths import checkout_dir
+from llama_dialogue.core.records import RunRecord, load_rows
 from llama_dialogue.perturb.grid import (
     GridConfig,
     differing_share,
@@ -33,9 +34,9 @@ from llama_dialogue.perturb.grid import (
     grid_examples,
     plan_grid,
     run_grid,
-    score_grid,
 )
 from llama_dialogue.perturb.methods import SteeringConfig
+from llama_dialogue.perturb.scores import HUMAN, score_grid
 from llama_dialogue.prompting.prompts import build_prompt
 
 FORK = multiprocessing.get_context("fork")
@@ -636,8 +637,9 @@ def judge():
 def test_scores(exact, judge):
     rows, scores = read_parts(exact), score_grid(exact, judge=judge, progress=False)
     assert list(scores) == [
-        *("cell", "dialogue_id", "act", "seed", "reply", "stopped", "failed", "seconds"),
-        *("num_tokens", "judged", "probability", "nll", "ai_talk"),
+        *("cell", "dialogue_id", "act", "seed", "reply", "stopped", "failed", "seconds", "forwards"),
+        *("judged", "probability", "question_mark", "num_tokens", "nll", "other_nll"),
+        *("similarity", "similarity_floor", "repetition", "ai_talk", "meteor_stem", "rouge_l", "overlap"),
     ]
     human, made = scores[scores.cell == "human"], scores[scores.cell != "human"].reset_index(drop=True)
     assert len(human) == 5 and human.dialogue_id.is_unique and set(human.reply) == {""}
@@ -648,7 +650,9 @@ def test_scores(exact, judge):
     prompts = [build_prompt(chat.tokenizer, examples[i].context) for i in rows.dialogue_id]
     nll, _ = reply_nll(chat.model, chat.tokenizer, prompts, rows.token_ids.tolist())
     assert abs(made.nll - nll).max() < 1e-3
-    assert pd.read_parquet(exact / "scores.parquet").equals(scores)
+    pd.testing.assert_frame_equal(pd.read_parquet(exact / "scores.parquet"), scores)
+    assert human.meteor_stem.isna().all() and made.drop(columns="overlap").notna().all(axis=None)
+    assert made.groupby("dialogue_id").forwards.min().gt(0).all() and not human.forwards.any()
     log_probs = judge.predict([examples[i] for i in human.dialogue_id])
     assert human.judged.tolist() == [ACTS[i] for i in log_probs.argmax(-1).tolist()]
 
@@ -664,7 +668,7 @@ def test_scores_are_kept_until_the_judge_changes(exact, judge, monkeypatch, tmp_
     shutil.copytree(exact, tmp_path / "grid")
     first = score_grid(tmp_path / "grid", judge=judge, progress=False)
     monkeypatch.setattr(Judge, "predict", lambda *_: pytest.fail("scored twice"))
-    assert score_grid(tmp_path / "grid", judge=judge, progress=False).equals(first)
+    pd.testing.assert_frame_equal(score_grid(tmp_path / "grid", judge=judge, progress=False), first)
     monkeypatch.undo()
     other = make_judge(1).save_pretrained(tmp_path / "judge")
     second = score_grid(tmp_path / "grid", judge=other, progress=False)
@@ -679,6 +683,32 @@ def test_scores_of_an_unfinished_grid(exact, judge, tmp_path):
         score_grid(tmp_path / "grid", judge=judge, progress=False)
     some = score_grid(tmp_path / "grid", judge=judge, progress=False, partial=True)
     assert 5 < len(some) < 7 * 5 + 5
+
+
+def test_a_second_model_and_a_record(exact, judge, tmp_path):
+    shutil.copytree(exact, tmp_path / "grid")
+    plain = score_grid(tmp_path / "grid", judge=judge, progress=False)
+    second = tiny_chat_model("gemma")
+    scores = score_grid(tmp_path / "grid", judge=judge, progress=False, second=second, records=tmp_path)
+    assert "second_nll" not in plain and scores.second_nll.gt(0).all() and scores.second_words.ge(1).all()
+    pd.testing.assert_frame_equal(scores[list(plain)], plain)
+    record = RunRecord.load(tmp_path / "perturb" / f"{make_config().name}.json")
+    rows, metrics = load_rows(tmp_path / "perturb" / record.rows), record.metrics
+    about = grid.load_manifest(exact)["about"]
+    assert (record.model, record.data, record.config) == (about["model"], about["data"], about["config"])
+    assert metrics["second_model"]["sha256"] == second.sha256 and metrics["human_ceiling"].n == 5
+    assert metrics["grid"]["rows"] == len(scores) - 5 and metrics["steerers"] == about["steerers"]
+    assert set(metrics["cells"]) == set(rows.cell) - {HUMAN} and list(rows) == list(scores)
+    assert rows.reply.equals(scores.reply) and (rows.nll / scores.nll - 1).abs().max() < 1e-3
+
+
+def test_parts_of_an_older_version_are_refused(exact, judge, tmp_path):
+    shutil.copytree(exact, tmp_path / "grid")
+    key = grid.load_manifest(tmp_path / "grid")["parts"][0]
+    rows = grid.read_part(tmp_path / "grid", key).drop(columns="forwards")
+    grid.save_part(rows, tmp_path / "grid", key)
+    with pytest.raises(InputError, match="run the grid again"):
+        score_grid(tmp_path / "grid", judge=judge, progress=False)
 
 
 def test_a_reply_without_tokens_is_scored(exact, judge, tmp_path):

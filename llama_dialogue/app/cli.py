@@ -435,11 +435,13 @@ def _grid_run(config_path, out, engine, address, assignments, as_json):
 @click.argument("folder")
 @click.option("--data", help="Where the grid's corpus lies now; None: as the grid was run.")
 @click.option("--judge", help="Folder of a judge; None: as the grid's config says.")
-def _grid_score(folder, data, judge):
-    """Judge the replies in FOLDER and measure their perplexity."""
-    from llama_dialogue.perturb.grid import score_grid
+@click.option("--second", help="Another chat model (name or folder) that reads the replies too.")
+@click.option("--records", help="Folder for a record and its rows; none is written without it.")
+def _grid_score(folder, data, judge, second, records):
+    """Score the replies in FOLDER: control, fluency, relevance, overlap, repetition."""
+    from llama_dialogue.perturb.scores import score_grid
 
-    scores = score_grid(folder, data, judge)
+    scores = score_grid(folder, data, judge, second=second, records=records)
     click.echo(f"{len(scores):,} replies scored: {Path(folder) / 'scores.parquet'}")
 
 

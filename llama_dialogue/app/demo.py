@@ -24,10 +24,11 @@ from ..core.models import ChatModel, load_chat_model
 from ..core.plots import set_style
 from ..core.records import RunRecord, identity, save_rows, start_run
 from ..core.statistics import Interval, ratio_interval
-from ..perturb.grid import judge_sha256, steerer_sha256
+from ..perturb.grid import steerer_sha256
 from ..perturb.layers import select_layers
 from ..perturb.making import load_steerers
 from ..perturb.methods import METHODS, SteeringConfig, steer
+from ..perturb.scores import judge_sha256
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 

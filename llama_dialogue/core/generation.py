@@ -153,7 +153,8 @@ def _decode(
     stops = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
     uniforms = row_uniforms(seeds, config.max_new_tokens).to(model.device)
     cache, positions = DynamicCache(), (mask.cumsum(-1) - 1).clamp(min=0)
-    forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    last = torch.tensor([-1], device=model.device)  # as a tensor: sliced states would cost a copy of the output matrix a row
+    forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=last)
     with inside([name for _, name in unique]):
         logits = forward(ids, attention_mask=mask, position_ids=positions).logits[which, -1].float()
     cache.batch_select_indices(which)

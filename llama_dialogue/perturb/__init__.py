@@ -13,5 +13,6 @@ from .distil import *
 from .methods import *
 from .making import *
 from .grid import *
+from .scores import *
 from .report import *
 from .own_attribute import *

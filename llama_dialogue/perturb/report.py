@@ -7,7 +7,7 @@ __all__ = ['KEY', 'COLUMNS', 'LEVEL', 'BUDGETS', 'SHOWN', 'read_scores', 'unpert
            'act_table', 'pareto_front', 'best_by_method', 'best_within', 'plot_control', 'plot_heat', 'plot_cost',
            'replies_side_by_side', 'write_report']
 
-# %% ../../nbs/perturb/70_report.ipynb #0e134ff7
+# %% ../../nbs/perturb/70_report.ipynb #e317a496
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.pyplot import close, subplots
+from matplotlib.ticker import LogLocator
 from nltk.translate.nist_score import nist_length_penalty
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -37,10 +38,10 @@ from llama_dialogue.core.statistics import (
     rate_interval,
     ratio_interval,
 )
-from .grid import HUMAN
 from .methods import METHODS
+from .scores import HUMAN
 
-# %% ../../nbs/perturb/70_report.ipynb #c83d8d3a
+# %% ../../nbs/perturb/70_report.ipynb #69278be3
 KEY = ["dialogue_id", "act", "seed"]  # what makes two replies comparable
 COLUMNS = (
     *("cell", *KEY, "reply", "failed", "seconds", "forwards", "num_tokens"),
@@ -75,7 +76,7 @@ def unperturbed_cell(
         )
     return found[0]
 
-# %% ../../nbs/perturb/70_report.ipynb #e7ca03df
+# %% ../../nbs/perturb/70_report.ipynb #01865ee0
 def _mark_broken(rows: pd.DataFrame) -> pd.DataFrame:
     "Count replies without a token as failed and as no act at all."
     broken = rows.nll.isna()
@@ -104,7 +105,7 @@ def _control(rows: pd.DataFrame) -> dict:
         "question_judged": float(asked.judged.eq("question").mean()),
     }
 
-# %% ../../nbs/perturb/70_report.ipynb #b1226572
+# %% ../../nbs/perturb/70_report.ipynb #bc486629
 def _likelihood(rows: pd.DataFrame) -> dict:
     "Score fluency and the tie to the context, where there is a likelihood."
     said = rows[rows.nll.notna()]
@@ -165,7 +166,7 @@ def cell_scores(
     found |= {name: float(rows[name].mean()) for name in ("repetition", "ai_talk")}
     return found | {"tokens": float(rows.num_tokens.mean()), "failed": int(rows.failed.sum())}
 
-# %% ../../nbs/perturb/70_report.ipynb #5484ddd8
+# %% ../../nbs/perturb/70_report.ipynb #a9249c2f
 LEVEL = 0.05  # of the corrected p value
 
 
@@ -219,7 +220,7 @@ def compare_cells(
     columns = dict.fromkeys(name for row in table.values() for name in row)
     return pd.DataFrame.from_dict(table, orient="index", columns=list(columns)).rename_axis("cell")
 
-# %% ../../nbs/perturb/70_report.ipynb #d1729bbf
+# %% ../../nbs/perturb/70_report.ipynb #6d6c919e
 def act_table(
     scores: pd.DataFrame,  # of `read_scores`
     cells: dict[str, dict],  # cell -> its method and options
@@ -237,7 +238,7 @@ def act_table(
             found.append(row | {"question_mark": rows.question_mark[rows.act == act].mean()})
     return pd.DataFrame(found)
 
-# %% ../../nbs/perturb/70_report.ipynb #7d857de6
+# %% ../../nbs/perturb/70_report.ipynb #85914532
 def pareto_front(
     table: pd.DataFrame,  # of `compare_cells`
 ) -> list[str]:  # cells, from fluent to strong
@@ -286,7 +287,7 @@ def best_within(
     found = best_by_method(table, ratio)
     return found.cell.iloc[0] if len(found) else None
 
-# %% ../../nbs/perturb/70_report.ipynb #9d369fd5
+# %% ../../nbs/perturb/70_report.ipynb #2f237fad
 BUDGETS = (1.25, 1.5)  # highest perplexities, in units of the unperturbed one
 _ORDER = ["pplm", *(name for name in METHODS if name not in ("none", "pplm"))]
 _MARKS = {"all": "o", "lower": "v", "middle": "s", "upper": "^"}
@@ -321,13 +322,14 @@ def plot_control(
         size = 110 if mark == "*" else 42
         ax.scatter(x, y, size, color=shade, marker=mark, edgecolor="white", label=name, zorder=3)
     front = own.loc[pareto_front(table)]
-    ax.plot(front.perplexity_ratio, [v.value for v in front.accuracy], color="0.5", linewidth=1, zorder=2)
+    strong = [v.value for v in front.accuracy]
+    ax.plot(front.perplexity_ratio, strong, color="0.5", linewidth=1, zorder=2, drawstyle="steps-post")
     for budget in BUDGETS:
         ax.axvline(budget, color="0.4", linestyle=":", linewidth=1)
     if HUMAN in table.index:
         ceiling = table.accuracy[HUMAN].value
         ax.axhline(ceiling, color="0.4", linestyle="--", linewidth=1)
-        place = {"xy": (0.99, ceiling), "xycoords": ("axes fraction", "data"), "xytext": (0, 3)}
+        place = {"xy": (0.99, ceiling), "xycoords": ("axes fraction", "data"), "xytext": (0, -11)}
         ax.annotate("human replies", **place, textcoords="offset points", ha="right", fontsize="x-small")
     _ratio_axis(ax, own.perplexity_ratio)
     ax.set_ylabel(f"judged as wanted (95%, n = {own.accuracy.iloc[0].n:,})")
@@ -343,8 +345,9 @@ def _ratio_axis(ax: Axes, ratios: pd.Series) -> None:
     ax.set(xscale="log", xlim=(low, high), xlabel="perplexity, in units of the unsteered one (log scale)")
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.set_xticks([], minor=True)
+    ax.tick_params(labelsize="small")
 
-# %% ../../nbs/perturb/70_report.ipynb #b93e9680
+# %% ../../nbs/perturb/70_report.ipynb #05516366
 def plot_heat(
     ax: Axes,
     table: pd.DataFrame,  # of `compare_cells`
@@ -356,7 +359,7 @@ def plot_heat(
         raise InputError("no cell of method 'pplm': need some, e.g. {method: pplm, step_size: [0.03, 0.2]}")
     own = own.assign(layers=own.layers.map(_short), score=own[value].map(float))
     flat = own.pivot_table(index="layers", columns="step_size", values="score", sort=False)
-    flat = flat[sorted(flat.columns)]
+    flat = flat[sorted(flat.columns)].rename(columns=_short)
     told = flat.map(lambda v: "" if np.isnan(v) else f"{v:.2f}" if v < 10 else f"{v:.0f}")
     look = {"cmap": "Blues", "vmin": 0, "vmax": 1}
     if value == "perplexity_ratio":
@@ -370,7 +373,7 @@ def plot_heat(
     ax.tick_params(labelsize="small", labelrotation=0)
     return ax
 
-# %% ../../nbs/perturb/70_report.ipynb #228b2bf9
+# %% ../../nbs/perturb/70_report.ipynb #a5353f0d
 _COSTLY = {"pplm": ["layers", "num_iterations"]} | {
     name: ["best_of"] for name in METHODS if name.endswith("best_of_n")
 }
@@ -402,10 +405,13 @@ def plot_cost(
     ax.set(xscale="log", ylim=(len(cost) - 0.5, -0.5), xlim=(cost.min() / 1.5, cost.max() * 3))
     what = {"forwards_per_token": "passes per token", "seconds_per_token": "seconds per token"}[value]
     ax.set_xlabel(f"{what} (log scale)", fontsize="small")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xticks([], minor=True)
     ax.tick_params(axis="x", labelsize="small")
     return ax
 
-# %% ../../nbs/perturb/70_report.ipynb #4303b912
+# %% ../../nbs/perturb/70_report.ipynb #55b35fb3
 def replies_side_by_side(
     scores: pd.DataFrame,  # of `read_scores`
     cells: Sequence[str],  # which ones, from left to right
@@ -424,7 +430,7 @@ def _markdown_table(table: pd.DataFrame) -> str:
     safe = table.map(lambda v: " ".join(str(v).split()).replace("|", "\\|"))
     return safe.to_markdown(index=False, disable_numparse=True)
 
-# %% ../../nbs/perturb/70_report.ipynb #92a4176e
+# %% ../../nbs/perturb/70_report.ipynb #6e288338
 SHOWN = {  # column of `compare_cells` -> title and format
     "accuracy": ("as wanted", ".2f"),
     "gain": ("gain [95%]", "+.2f"),
@@ -481,7 +487,7 @@ def _act_lines(acts: pd.DataFrame, cells: Sequence[str]) -> str:
         own.rename(columns={"f1": "F1", "share": "judged so", "question_mark": 'with "?"'})
     )
 
-# %% ../../nbs/perturb/70_report.ipynb #92dff140
+# %% ../../nbs/perturb/70_report.ipynb #1865cfac
 def _markdown(table: pd.DataFrame, acts: pd.DataFrame, scores: pd.DataFrame) -> str:
     "Tell the report as text."
     own = table[table.method != HUMAN]
@@ -519,10 +525,13 @@ def _figures(table: pd.DataFrame) -> dict[str, Figure]:
         plot_cost(ax, table, value)
     pplm = table[table.method == "pplm"]
     if len(pplm):
-        height = 0.8 + 0.32 * pplm.layers.map(_short).nunique()
-        found["heat"], axes = subplots(2, 1, figsize=(6, 2 * height), gridspec_kw={"hspace": 1 / height})
+        height = 0.4 + 0.32 * pplm.layers.map(_short).nunique()
+        found["heat"], axes = subplots(
+            2, 1, figsize=(6, 2 * height + 0.4), sharex=True, gridspec_kw={"hspace": 0.6 / height}
+        )
         for ax, value in zip(axes, ("accuracy", "perplexity_ratio"), strict=True):
             plot_heat(ax, table, value)
+        axes[0].set_xlabel("")
     return found
 
 
