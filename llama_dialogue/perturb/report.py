@@ -7,7 +7,7 @@ __all__ = ['KEY', 'COLUMNS', 'LEVEL', 'BUDGETS', 'SHOWN', 'read_scores', 'unpert
            'act_table', 'pareto_front', 'best_by_method', 'best_within', 'plot_control', 'plot_heat', 'plot_cost',
            'replies_side_by_side', 'write_report']
 
-# %% ../../nbs/perturb/70_report.ipynb #e317a496
+# %% ../../nbs/perturb/70_report.ipynb #a7f7e664
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ from llama_dialogue.core.statistics import (
 from .methods import METHODS
 from .scores import HUMAN
 
-# %% ../../nbs/perturb/70_report.ipynb #69278be3
+# %% ../../nbs/perturb/70_report.ipynb #b5abd058
 KEY = ["dialogue_id", "act", "seed"]  # what makes two replies comparable
 COLUMNS = (
     *("cell", *KEY, "reply", "failed", "seconds", "forwards", "num_tokens"),
@@ -76,7 +76,7 @@ def unperturbed_cell(
         )
     return found[0]
 
-# %% ../../nbs/perturb/70_report.ipynb #01865ee0
+# %% ../../nbs/perturb/70_report.ipynb #da165953
 def _mark_broken(rows: pd.DataFrame) -> pd.DataFrame:
     "Count replies without a token as failed and as no act at all."
     broken = rows.nll.isna()
@@ -105,7 +105,7 @@ def _control(rows: pd.DataFrame) -> dict:
         "question_judged": float(asked.judged.eq("question").mean()),
     }
 
-# %% ../../nbs/perturb/70_report.ipynb #bc486629
+# %% ../../nbs/perturb/70_report.ipynb #fd3fa1b4
 def _likelihood(rows: pd.DataFrame) -> dict:
     "Score fluency and the tie to the context, where there is a likelihood."
     said = rows[rows.nll.notna()]
@@ -166,7 +166,7 @@ def cell_scores(
     found |= {name: float(rows[name].mean()) for name in ("repetition", "ai_talk")}
     return found | {"tokens": float(rows.num_tokens.mean()), "failed": int(rows.failed.sum())}
 
-# %% ../../nbs/perturb/70_report.ipynb #a9249c2f
+# %% ../../nbs/perturb/70_report.ipynb #4c6fb2aa
 LEVEL = 0.05  # of the corrected p value
 
 
@@ -220,7 +220,7 @@ def compare_cells(
     columns = dict.fromkeys(name for row in table.values() for name in row)
     return pd.DataFrame.from_dict(table, orient="index", columns=list(columns)).rename_axis("cell")
 
-# %% ../../nbs/perturb/70_report.ipynb #6d6c919e
+# %% ../../nbs/perturb/70_report.ipynb #09d50104
 def act_table(
     scores: pd.DataFrame,  # of `read_scores`
     cells: dict[str, dict],  # cell -> its method and options
@@ -238,7 +238,7 @@ def act_table(
             found.append(row | {"question_mark": rows.question_mark[rows.act == act].mean()})
     return pd.DataFrame(found)
 
-# %% ../../nbs/perturb/70_report.ipynb #85914532
+# %% ../../nbs/perturb/70_report.ipynb #0511c698
 def pareto_front(
     table: pd.DataFrame,  # of `compare_cells`
 ) -> list[str]:  # cells, from fluent to strong
@@ -287,7 +287,7 @@ def best_within(
     found = best_by_method(table, ratio)
     return found.cell.iloc[0] if len(found) else None
 
-# %% ../../nbs/perturb/70_report.ipynb #2f237fad
+# %% ../../nbs/perturb/70_report.ipynb #5d917e77
 BUDGETS = (1.25, 1.5)  # highest perplexities, in units of the unperturbed one
 _ORDER = ["pplm", *(name for name in METHODS if name not in ("none", "pplm"))]
 _MARKS = {"all": "o", "lower": "v", "middle": "s", "upper": "^"}
@@ -331,6 +331,7 @@ def plot_control(
         ax.axhline(ceiling, color="0.4", linestyle="--", linewidth=1)
         place = {"xy": (0.99, ceiling), "xycoords": ("axes fraction", "data"), "xytext": (0, -11)}
         ax.annotate("human replies", **place, textcoords="offset points", ha="right", fontsize="x-small")
+    ax.grid(False, axis="x")
     _ratio_axis(ax, own.perplexity_ratio)
     ax.set_ylabel(f"judged as wanted (95%, n = {own.accuracy.iloc[0].n:,})")
     ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
@@ -347,7 +348,7 @@ def _ratio_axis(ax: Axes, ratios: pd.Series) -> None:
     ax.set_xticks([], minor=True)
     ax.tick_params(labelsize="small")
 
-# %% ../../nbs/perturb/70_report.ipynb #05516366
+# %% ../../nbs/perturb/70_report.ipynb #0ce4ebc6
 def plot_heat(
     ax: Axes,
     table: pd.DataFrame,  # of `compare_cells`
@@ -373,7 +374,7 @@ def plot_heat(
     ax.tick_params(labelsize="small", labelrotation=0)
     return ax
 
-# %% ../../nbs/perturb/70_report.ipynb #a5353f0d
+# %% ../../nbs/perturb/70_report.ipynb #f469fc72
 _COSTLY = {"pplm": ["layers", "num_iterations"]} | {
     name: ["best_of"] for name in METHODS if name.endswith("best_of_n")
 }
@@ -411,7 +412,7 @@ def plot_cost(
     ax.tick_params(axis="x", labelsize="small")
     return ax
 
-# %% ../../nbs/perturb/70_report.ipynb #55b35fb3
+# %% ../../nbs/perturb/70_report.ipynb #74b8d85d
 def replies_side_by_side(
     scores: pd.DataFrame,  # of `read_scores`
     cells: Sequence[str],  # which ones, from left to right
@@ -430,7 +431,7 @@ def _markdown_table(table: pd.DataFrame) -> str:
     safe = table.map(lambda v: " ".join(str(v).split()).replace("|", "\\|"))
     return safe.to_markdown(index=False, disable_numparse=True)
 
-# %% ../../nbs/perturb/70_report.ipynb #6e288338
+# %% ../../nbs/perturb/70_report.ipynb #f19a806e
 SHOWN = {  # column of `compare_cells` -> title and format
     "accuracy": ("as wanted", ".2f"),
     "gain": ("gain [95%]", "+.2f"),
@@ -487,7 +488,7 @@ def _act_lines(acts: pd.DataFrame, cells: Sequence[str]) -> str:
         own.rename(columns={"f1": "F1", "share": "judged so", "question_mark": 'with "?"'})
     )
 
-# %% ../../nbs/perturb/70_report.ipynb #1865cfac
+# %% ../../nbs/perturb/70_report.ipynb #e3163e9e
 def _markdown(table: pd.DataFrame, acts: pd.DataFrame, scores: pd.DataFrame) -> str:
     "Tell the report as text."
     own = table[table.method != HUMAN]
