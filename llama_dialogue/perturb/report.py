@@ -371,7 +371,7 @@ def plot_heat(
     title = {"accuracy": "judged as wanted", "perplexity_ratio": "perplexity / unsteered"}.get(value, value)
     ax.set(xlabel="step size", ylabel="layers")
     ax.set_title(f"{title}{', mean over cells' if repeated else ''}", fontsize="medium")
-    ax.tick_params(labelsize="small", labelrotation=0)
+    ax.tick_params(labelsize="small" if size == 9 else "x-small", labelrotation=0)
     return ax
 
 # %% ../../nbs/perturb/70_report.ipynb #f469fc72
