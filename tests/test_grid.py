@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,8 +26,11 @@ from llama_dialogue.core.errors import InputError, MachineError
 from llama_dialogue.core.grid import WorkItem, check_engine, item_key, part_path, read_parts, run_items
 from llama_dialogue.core.metrics import reply_nll
 from llama_dialogue.core.models import load_encoder, tiny_chat_model
+from llama_dialogue.core.overlap import summed_overlap
 from llama_dialogue.core.paths import checkout_dir
-from llama_dialogue.core.records import RunRecord, load_rows
+from llama_dialogue.core.records import RunRecord, load_rows, save_rows
+from llama_dialogue.core.statistics import Interval
+from llama_dialogue.perturb import report
 from llama_dialogue.perturb.grid import (
     GridConfig,
     differing_share,
@@ -741,3 +745,116 @@ def test_runs_of_different_grids_cannot_be_compared(exact):
     rows = read_parts(exact)
     with pytest.raises(InputError, match="the same grid"):
         differing_share(rows, rows[rows.cell == "none"])
+
+
+# --- the report -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(exact, judge, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored") / "grid"
+    shutil.copytree(exact, folder)
+    score_grid(folder, judge=judge, progress=False)
+    return folder
+
+
+def break_replies(scores, rows):
+    """Make replies as they are when they break before their first token, and the judge happens to be right."""
+    scores = scores.copy()
+    scores.loc[rows, ["nll", "other_nll"]] = float("nan")
+    scores.loc[rows, "num_tokens"] = 0
+    scores.loc[rows, "judged"] = scores.loc[rows, "act"]
+    return scores
+
+
+def test_report_has_every_column_of_the_scores(scored):
+    scores, cells = report.read_scores(scored)
+    table = report.compare_cells(scores, cells)
+    for name in (
+        *("method", "accuracy", "probability", "precision", "recall", "macro_f1", "share_question"),
+        *("perplexity", "median_perplexity", "own_context_wins", "context_gain", "similarity_gain"),
+        *("meteor_stem", "rouge_l", "bleu_1", "bleu_2", "nist_2", "nist_4", "distinct_1", "distinct_3"),
+        *("entropy_2", "entropy_4", "repetition", "ai_talk", "tokens", "seconds_per_token"),
+        *("forwards_per_token", "failed", "question_mark", "question_judged", "perplexity_ratio"),
+    ):
+        assert table[name].notna()["none"], name
+    assert list(table.index) == [*cells, "human"] and table.verdict.notna().sum() == len(cells) - 1
+    human = table.loc["human"]
+    assert human[["distinct_1", "bleu_1", "seconds_per_token", "gain"]].isna().all()
+    assert human[["accuracy", "context_gain", "tokens", "repetition"]].notna().all()
+    rows = scores[scores.cell == "none"]
+    slow = summed_overlap(np.stack(rows.overlap), list(rows.dialogue_id))
+    assert all(abs(table.loc["none", name] - score.value) < 1e-9 for name, score in slow.items())
+
+
+def test_replies_that_broke_count_as_misses(scored):
+    scores, cells = report.read_scores(scored)
+    cell = "pplm layers=upper step_size=0.5 num_iterations=2"
+    lost = scores.index[scores.cell == cell][:2]
+    whole = report.compare_cells(break_replies(scores, []), cells).loc[cell]
+    row = report.compare_cells(break_replies(scores, lost), cells).loc[cell]
+    rest = report.cell_scores(scores[scores.cell == cell].drop(lost))
+    hits = (scores.judged == scores.act)[(scores.cell == cell) & ~scores.index.isin(lost)].sum()
+    assert (whole.failed, row.failed) == (0, 2) and row.accuracy.value == hits / 5 and row.accuracy.n == 5
+    assert row.perplexity == rest["perplexity"] and row.context_gain == rest["context_gain"]
+    assert abs(sum(row[f"share_{act}"] for act in ACTS) - 3 / 5) < 1e-9
+    acts = report.act_table(break_replies(scores, lost), cells)
+    own = acts[acts.cell == cell]
+    assert own.n.sum() == 5 and abs(own.share.sum() - 3 / 5) < 1e-9
+
+
+def test_a_cell_that_broke_altogether_is_reported_and_never_best(scored, tmp_path):
+    scores, cells = report.read_scores(scored)
+    cell = "best_of_n best_of=2"
+    scores = break_replies(scores, scores.index[scores.cell == cell])
+    save_rows(scores, tmp_path / "scores.parquet")
+    shutil.copy(scored / "cells.json", tmp_path)
+    path, table = report.write_report(tmp_path)
+    assert table.accuracy[cell].value == 0 and table.failed[cell] == 5
+    assert pd.isna(table.perplexity_ratio[cell]) and cell not in report.pareto_front(table)
+    assert cell not in report.best_by_method(table, 1e9).cell.tolist() and cell in path.read_text()
+    for name in (
+        "report.csv",
+        "report_acts.csv",
+        "report__control.png",
+        "report__cost.png",
+        "report__heat.png",
+    ):
+        assert (tmp_path / name).stat().st_size, name
+
+
+def test_best_of_each_method_within_a_budget():
+    def row(method, accuracy, ratio, layers="upper"):
+        found = {"method": method, "layers": layers, "perplexity_ratio": ratio}
+        return found | {"accuracy": Interval(accuracy, 0.0, 1.0, 8)}
+
+    table = pd.DataFrame.from_dict(
+        {
+            "none": row("none", 0.9, 1.0),
+            "a": row("pplm", 0.4, 1.2),
+            "b": row("pplm", 0.8, 1.4),
+            "c": row("pplm", 0.5, 1.1, [2, 4]),
+            "d": row("vector", 0.6, 1.25),
+            "e": row("guided", 0.7, 1.6),
+            "human": row("human", 1.0, 1.0),
+        },
+        orient="index",
+    ).rename_axis("cell")
+    assert report.best_by_method(table, 1.25).cell.to_dict() == {"vector": "d", "pplm": "c"}
+    assert report.best_by_method(table, 1.5).cell.to_dict() == {"pplm": "b", "vector": "d"}
+    split = report.best_by_method(table, 1.25, by_layers=True)
+    assert split.cell.to_dict() == {"vector": "d", "pplm 2-4": "c", "pplm upper": "a"}
+    assert report.best_within(table, 1.25) == "d" and report.best_within(table, 1.05) is None
+
+
+def test_replies_cannot_tear_the_report(scored, tmp_path):
+    scores, cells = report.read_scores(scored)
+    scores.loc[scores.cell == "none", "reply"] = "one | two\nthree"
+    save_rows(scores, tmp_path / "scores.parquet")
+    shutil.copy(scored / "cells.json", tmp_path)
+    text = report.write_report(tmp_path)[0].read_text()
+    lines = text[text.index("## Replies") :].splitlines()[2:]
+    assert r"one \| two three" in lines[-1] and all(line.startswith("|") for line in lines)
+    save_rows(scores.drop(columns="other_nll"), tmp_path / "scores.parquet")
+    with pytest.raises(InputError, match="no column 'other_nll'"):
+        report.write_report(tmp_path)
