@@ -564,11 +564,11 @@ def test_no_strength_says_what_none_says(llama, steerers, method, off):
 def test_what_is_missing_is_named_with_its_maker(llama, method):
     makers = {"head": "default_head", "vectors": "steering_vectors", "offsets": "distil_offsets"}
     for nothing in (None, Steerers()):
-        with pytest.raises(InputError, match=makers[NEEDS[method]]):
+        with pytest.raises(InputError, match=makers[NEEDS[method][0]]):
             steer(method, llama, nothing, CONTEXTS, NAMES, SMALL)
 
 
-@pytest.mark.parametrize("method", [m for m, kind in NEEDS.items() if kind != "head"])
+@pytest.mark.parametrize("method", [m for m, kinds in NEEDS.items() if kinds != ("head",)])
 def test_what_was_made_on_another_model_is_refused(steerers, method):
     with pytest.raises(InputError, match="made on model"):
         steer(method, tiny_chat_model(seed=1), steerers, CONTEXTS, NAMES, SMALL)
@@ -623,6 +623,20 @@ def test_wrong_settings_are_refused(change):
 def test_a_layer_without_vectors_is_refused(llama, steerers):
     with pytest.raises(InputError, match="vector_layer=9"):
         steer("vector", llama, steerers, CONTEXTS, NAMES, SMALL.override(["vector_layer=9"]))
+
+
+@pytest.mark.parametrize("method", ["vector", "distilled"])
+def test_steered_candidates_compete(llama, steerers, method):
+    config = SMALL.override(["best_of=3", "vector_strength=1", "distilled_strength=3", "temperature=3"])
+    said = steer(f"{method}_best_of_n", llama, steerers, CONTEXTS, NAMES, config, seed=3)
+    for row, (context, act, label) in enumerate(zip(CONTEXTS, NAMES, LABELS, strict=True)):
+        seeds = [3 + row, *(derive_seed(3 + row, k) for k in (1, 2))]
+        tried = steer(method, llama, steerers, [context] * 3, [act] * 3, config, seeds=seeds)
+        prompt = build_prompt(llama.tokenizer, context, "none")
+        read = steerers.head(reply_features(llama, [prompt] * 3, tried.token_ids))[:, label]
+        assert said.token_ids[row] == tried.token_ids[int(read.argmax())]
+    with pytest.raises(InputError, match="without head"):
+        steer(f"{method}_best_of_n", llama, replace(steerers, head=None), CONTEXTS, NAMES, config)
 
 
 def test_guided_candidates_compete(llama, head):

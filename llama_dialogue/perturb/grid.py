@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'METHOD_VERSION', 'GridConfig', 'expand_cells', 'grid_examples', 'shard_rows', 'SteerShard', 'head_sha256',
            'steerer_sha256', 'GridPlan', 'plan_grid', 'run_grid', 'differing_share']
 
-# %% ../../nbs/perturb/60_grid.ipynb #1e2d57a2
+# %% ../../nbs/perturb/60_grid.ipynb #853a18e7
 import itertools
 import json
 import time
@@ -40,7 +40,7 @@ from llama_dialogue.perturb.methods import (
 )
 from ..prompting.experiment import one_context_each
 
-# %% ../../nbs/perturb/60_grid.ipynb #b3765907
+# %% ../../nbs/perturb/60_grid.ipynb #ab7021b1
 TARGETS = ("reference", "all")
 
 
@@ -118,7 +118,7 @@ def _short(value) -> str:
     "Write a value for a cell's name."
     return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-# %% ../../nbs/perturb/60_grid.ipynb #73b2029c
+# %% ../../nbs/perturb/60_grid.ipynb #ac28f070
 def grid_examples(
     config: GridConfig,
     corpus: Corpus,
@@ -141,7 +141,7 @@ def shard_rows(
         (example, act) for example in shard for act in (ACTS if targets == "all" else [example.reply.act])
     ]
 
-# %% ../../nbs/perturb/60_grid.ipynb #c017c09d
+# %% ../../nbs/perturb/60_grid.ipynb #dad2f659
 METHOD_VERSION = 2  # raise it when the methods' rows change: older parts are then left aside
 
 
@@ -196,7 +196,7 @@ class SteerShard:
             }
         )
 
-# %% ../../nbs/perturb/60_grid.ipynb #b54932df
+# %% ../../nbs/perturb/60_grid.ipynb #ac5c5059
 def head_sha256(
     head: AttributeHead,
 ) -> str:  # 64 hexadecimal digits
@@ -215,9 +215,12 @@ def steerer_sha256(
     method: str,  # one of METHODS
 ) -> str | None:  # 64 hexadecimal digits; None: the method needs nothing
     "Hash what a method steers with."
-    kind = NEEDS.get(method)
-    if kind is None:
-        return None
+    shas = [_kind_sha256(steerers, kind) for kind in NEEDS.get(method, ())]
+    return sha256_text("".join(shas)) if len(shas) > 1 else shas[0] if shas else None
+
+
+def _kind_sha256(steerers: Steerers, kind: str) -> str:
+    "Hash one of the steerers."
     if kind == "head":
         return head_sha256(steerers.head)
     made = getattr(steerers, kind)
@@ -281,7 +284,7 @@ def _steerers(config: GridConfig, chat: ChatModel, given, methods: list[str], pr
     else:
         found = given if isinstance(given, Steerers) else Steerers(head=given)
     for method in methods:
-        if NEEDS.get(method) == "head" and found.head is not None:
+        if "head" in NEEDS.get(method, ()) and found.head is not None:
             check_head(found.head, chat, classes=ACTS)
         check_steerer(method, chat, found, ACTS)
     return found
@@ -307,7 +310,7 @@ def run_grid(
     label = config.name if progress else ""
     return run_items(plan.items, plan.work, out, engine, address, label, plan.about)
 
-# %% ../../nbs/perturb/60_grid.ipynb #c8387580
+# %% ../../nbs/perturb/60_grid.ipynb #4d3bed16
 def differing_share(
     first: pd.DataFrame,  # of `read_parts`
     second: pd.DataFrame,  # the same grid, run elsewhere or in another dtype

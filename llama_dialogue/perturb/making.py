@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MakingConfig', 'load_head', 'make_vectors', 'make_offsets', 'default_vectors', 'load_steerers']
 
-# %% ../../nbs/perturb/46_making.ipynb #5a22d2e0
+# %% ../../nbs/perturb/46_making.ipynb #172b97e7
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from .methods import NEEDS, Steerers
 from .settings import PPLMConfig
 from .vectors import SteeringVectors, steering_vectors
 
-# %% ../../nbs/perturb/46_making.ipynb #17a725f0
+# %% ../../nbs/perturb/46_making.ipynb #30a0dc93
 @dataclass(frozen=True)
 class MakingConfig(Config):
     "What vectors or offsets are made of."
@@ -85,7 +85,7 @@ def _dialogues(config: MakingConfig) -> tuple[Corpus, list[Dialogue]]:
     chosen = select_part(corpus, config.part) if config.part else corpus.dialogues
     return corpus, sorted(chosen, key=lambda d: d.id)[: config.n or None]
 
-# %% ../../nbs/perturb/46_making.ipynb #177a0d2e
+# %% ../../nbs/perturb/46_making.ipynb #a4d00511
 def make_vectors(
     config: MakingConfig,
     out: Path | str,  # folder of the vectors
@@ -141,7 +141,7 @@ def make_offsets(
     offsets.save_pretrained(out)
     return offsets, record
 
-# %% ../../nbs/perturb/46_making.ipynb #3d7bb79d
+# %% ../../nbs/perturb/46_making.ipynb #f7c6e9bf
 def default_vectors(
     chat: ChatModel,
     system: str = "speaker",  # name of the system prompt that replies are read under
@@ -168,7 +168,7 @@ def load_steerers(
     progress: bool = True,
 ) -> Steerers:
     "Load what the methods need, and nothing else."
-    wanted, found = {NEEDS[method] for method in methods if method in NEEDS}, {}
+    wanted, found = {kind for method in methods for kind in NEEDS.get(method, ())}, {}
     if "offsets" in wanted:
         if offsets is None:
             raise InputError(
