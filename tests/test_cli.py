@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -210,6 +211,31 @@ def test_grid_run_again_score_and_report(capsys, tmp_path, monkeypatch):
     assert code == 0 and "36 replies" in out, err
     code, out, err = run(["report", "grid"], capsys)
     assert code == 0 and "not distinguishable" in out and Path("grid/report.md").exists(), err
+
+
+def test_a_grid_is_scored_into_a_record_and_labelled(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text(GRID)
+    run(["grid", "run", "grid.yaml", "--out", "grid", "--json"], capsys)
+    asked = ["grid", "score", "grid", "--second", "tiny-llama-random", "--records", "res"]
+    code, out, err = run(asked, capsys)
+    record = json.loads(Path("res/perturb/tiny.json").read_text())
+    assert code == 0 and record["metrics"]["second_model"]["name"] == "tiny-llama-random", err
+    assert record["metrics"]["grid"]["rows"] == 32 and Path("res/perturb/tiny.parquet").exists()
+    code, out, err = run(["grid", "sheet", "grid", "--n", "6"], capsys)
+    sheet = pd.read_csv("grid/sheet.csv", keep_default_na=False)
+    assert code == 0 and len(sheet) == 6 and "judged" not in sheet, err
+    sheet.assign(label="inform").to_csv("filled.csv", index=False)
+    code, out, err = run(["grid", "labels", "grid", "filled.csv", "--records", "res"], capsys)
+    record = json.loads(Path("res/perturb/labels-tiny.json").read_text())
+    assert code == 0 and "kappa" in out and record["metrics"]["all"]["agreement"]["n"] == 6, err
+    assert sum(record["metrics"]["confusion"]["inform"].values()) == 6
+    for arguments, told in (
+        (["sheet", "grid", "--n", "6"], "perhaps with labels"),
+        (["labels", "grid", "grid/sheet.csv"], "''"),
+    ):
+        code, _, err = run(["grid", *arguments], capsys)
+        assert code == 2 and told in err
 
 
 @pytest.mark.parametrize(
