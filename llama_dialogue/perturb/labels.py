@@ -36,7 +36,9 @@ def draw_sheet(
     "Draw replies for a person to label, as many of each cell as can be."
     said = scores[scores.reply.str.strip() != ""]
     if not 1 <= n <= len(said):
-        raise InputError(f"n={n}: {len(said)} replies to draw from: need 1..{len(said)}, e.g. n={min(100, len(said))}")
+        raise InputError(
+            f"n={n}: {len(said)} replies to draw from: need 1..{len(said)}, e.g. n={min(100, len(said))}"
+        )
     mixed = said.sample(frac=1, random_state=seed)
     turns = mixed.groupby("cell").cumcount().sort_values(kind="stable").index[:n]  # one of each cell, again
     drawn = mixed.loc[turns].sample(frac=1, random_state=seed)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Contexts', 'METHODS', 'NEEDS', 'SteeringConfig', 'Steerers', 'check_steerer', 'steer']
 
-# %% ../../nbs/perturb/50_methods.ipynb #ad3180aa
+# %% ../../nbs/perturb/50_methods.ipynb #ec01dd84
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from .pplm import PPLMConfig, generate_pplm
 from .vectors import SteeringVectors, check_made_for, vector_edit
 from ..prompting.prompts import SYSTEM_PROMPTS, build_prompt
 
-# %% ../../nbs/perturb/50_methods.ipynb #df50346a
+# %% ../../nbs/perturb/50_methods.ipynb #396e8764
 @dataclass(frozen=True)
 class SteeringConfig(Config):
     "How replies are decoded and steered."
@@ -51,12 +51,14 @@ class SteeringConfig(Config):
     gm_scale: float = 0.95  # PPLM: weight of the perturbed distribution
     kl_scale: float = 0.01  # PPLM: pull towards the unperturbed distribution
     pplm_batch_size: int = 32  # rows perturbed together
-    vector_layer: int | None = None  # vector: after how many layers it is added; None: half of them
-    vector_strength: float = 0.3  # vector: its length in typical hidden states of its layer
+    vector_layer: int | None = None  # vector: after how many layers it is added; None: five sixths of them
+    vector_strength: float = 0.1  # vector: its length in typical hidden states of its layer
     guide_strength: float = 1.0  # guided: power of the head's probability
     guide_top_k: int = 10  # guided: tokens that the head weighs, in the place of top_k
     guide_batch_size: int = 16  # guided: rows decoded together, each as long as guide_top_k
-    distilled_strength: float = 1.0  # distilled: 1 is what PPLM had done to the average position
+    distilled_strength: float = (
+        400.0  # distilled: 1 is what PPLM had done to the average position, most did little
+    )
 
     def __post_init__(self):
         check_choice("system", self.system, SYSTEM_PROMPTS)
@@ -96,7 +98,7 @@ class SteeringConfig(Config):
 _SHARED = ("max_new_tokens", "sample", "temperature", "top_k", "repetition_penalty")
 _PPLM = ("layers", "step_size", "num_iterations", "gm_scale", "kl_scale")
 
-# %% ../../nbs/perturb/50_methods.ipynb #5b78fd09
+# %% ../../nbs/perturb/50_methods.ipynb #ff415f10
 @dataclass(frozen=True)
 class Steerers:
     "What the methods steer with."
@@ -131,7 +133,7 @@ def check_steerer(
         for act in acts:
             check_choice("act", act, steerer.classes)
 
-# %% ../../nbs/perturb/50_methods.ipynb #c92f4620
+# %% ../../nbs/perturb/50_methods.ipynb #09c14887
 Contexts = list[tuple[Turn, ...]]
 
 
@@ -235,7 +237,7 @@ def _pplm(chat, steerers, contexts, acts, config, seeds, progress) -> Generation
 
 
 def _vector(chat, steerers, contexts, acts, config, seeds, progress) -> Generations:
-    layer = max(1, chat.num_layers // 2) if config.vector_layer is None else config.vector_layer
+    layer = max(1, 5 * chat.num_layers // 6) if config.vector_layer is None else config.vector_layer
     edit = vector_edit(chat, steerers.vectors, layer, config.vector_strength)
     return _inside(edit, chat, contexts, acts, config, seeds, progress)
 
@@ -260,7 +262,7 @@ def _inside(edit, chat, contexts, acts, config, seeds, progress) -> Generations:
         inside=edit,
     )
 
-# %% ../../nbs/perturb/50_methods.ipynb #0de51abc
+# %% ../../nbs/perturb/50_methods.ipynb #41c0f29b
 METHODS: dict[str, Callable] = {
     "none": _none,
     "prompt": _prompt,
