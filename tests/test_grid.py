@@ -443,8 +443,20 @@ def same(first, second, ignore=("seconds",)):
 def test_columns_and_rows(exact):
     rows = read_parts(exact)
     assert list(rows) == [
-        *("cell", "dialogue_id", "act", "seed", "reply", "token_ids", "stopped", "failed", "seconds")
+        *(
+            "cell",
+            "dialogue_id",
+            "act",
+            "seed",
+            "reply",
+            "token_ids",
+            "stopped",
+            "failed",
+            "seconds",
+            "forwards",
+        )
     ]
+    assert (rows.forwards > rows.token_ids.map(len)).all()  # the prompt counts too
     assert len(rows) == 7 * 5 and rows.token_ids.map(lambda ids: str(ids.dtype)).eq("int32").all()
     cells = json.loads((exact / "cells.json").read_text())
     assert list(cells) == list(dict.fromkeys(rows.cell))

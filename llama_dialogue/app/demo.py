@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'demo_examples', 'score_rows', 'run_demo', 'replace_reply', 'demo_table', 'plot_demo', 'side_by_side']
 
-# %% ../../nbs/app/10_demo.ipynb #e308dc50
+# %% ../../nbs/app/10_demo.ipynb #84688386
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..perturb.scores import judge_sha256
 from ..prompting.experiment import one_context_each
 from ..prompting.prompts import build_prompt
 
-# %% ../../nbs/app/10_demo.ipynb #7e3107ae
+# %% ../../nbs/app/10_demo.ipynb #342fdad2
 @dataclass(frozen=True)
 class DemoConfig(SteeringConfig):
     "What the demo runs."
@@ -43,7 +43,7 @@ class DemoConfig(SteeringConfig):
     split: str | None = None  # None: all splits; "test" where the corpus has an own test part
     n: int = 12  # contexts; each is steered towards each act
     acts: tuple[str, ...] = ACTS
-    methods: tuple[str, ...] = ("none", "prompt", "best_of_n", "pplm")
+    methods: tuple[str, ...] = ("none", "prompt", "best_of_n", "pplm", "vector_best_of_n")
     max_context: int = 9  # turns; longer contexts are passed over
     seed: int = 0
 
@@ -59,7 +59,7 @@ class DemoConfig(SteeringConfig):
                     f"{what}s={list(chosen)}: need one or more, each once, e.g. {what}s=[{next(iter(known))}]"
                 )
 
-# %% ../../nbs/app/10_demo.ipynb #9a4065e1
+# %% ../../nbs/app/10_demo.ipynb #c8351ee2
 def demo_examples(
     corpus: Corpus,
     n: int,  # contexts
@@ -70,7 +70,7 @@ def demo_examples(
     free = replace(corpus, dialogues=tuple(select_part(corpus, "steer")))
     return one_context_each(free, n, max_context, seed)
 
-# %% ../../nbs/app/10_demo.ipynb #ed432278
+# %% ../../nbs/app/10_demo.ipynb #d7b656ed
 def score_rows(
     rows: pd.DataFrame,  # of one method: dialogue_id, act, log-probabilities, nll, tokens, reply
 ) -> dict[str, Interval]:
@@ -83,7 +83,7 @@ def score_rows(
         "tokens": ratio_interval(rows.tokens, np.ones(len(rows)), clusters),
     }
 
-# %% ../../nbs/app/10_demo.ipynb #bc42c7c8
+# %% ../../nbs/app/10_demo.ipynb #2ce6bf98
 def run_demo(
     config: DemoConfig,
     out: Path | str | None = "runs",  # record and rows go to out/demo/; None: nothing is written
@@ -171,7 +171,7 @@ def replace_reply(
     "Put a generated reply in the place of the corpus' own."
     return replace(example, reply=Turn(reply.strip() or "..."))
 
-# %% ../../nbs/app/10_demo.ipynb #3a017c1d
+# %% ../../nbs/app/10_demo.ipynb #944d20e7
 def demo_table(
     record: RunRecord,
 ) -> pd.DataFrame:  # one row a method, intervals as text
@@ -216,7 +216,7 @@ def plot_demo(
     ax.set_title(f"{record.data['name']}: {n} contexts x {acts} acts, 95% intervals", fontsize="medium")
     return fig
 
-# %% ../../nbs/app/10_demo.ipynb #325b4e5a
+# %% ../../nbs/app/10_demo.ipynb #dbb248a3
 def side_by_side(
     rows: pd.DataFrame,  # of run_demo
     dialogue_id: str,

@@ -7,7 +7,7 @@ __all__ = ['KEY', 'COLUMNS', 'LEVEL', 'BUDGETS', 'SHOWN', 'read_scores', 'unpert
            'act_table', 'pareto_front', 'best_by_method', 'best_within', 'plot_control', 'plot_heat', 'plot_cost',
            'replies_side_by_side', 'write_report']
 
-# %% ../../nbs/perturb/70_report.ipynb #d86114db
+# %% ../../nbs/perturb/70_report.ipynb #3e187c70
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ from llama_dialogue.core.statistics import (
 from .methods import METHODS
 from .scores import HUMAN
 
-# %% ../../nbs/perturb/70_report.ipynb #7735a976
+# %% ../../nbs/perturb/70_report.ipynb #cda94967
 KEY = ["dialogue_id", "act", "seed"]  # what makes two replies comparable
 COLUMNS = (
     *("cell", *KEY, "reply", "failed", "seconds", "forwards", "num_tokens"),
@@ -76,7 +76,7 @@ def unperturbed_cell(
         )
     return found[0]
 
-# %% ../../nbs/perturb/70_report.ipynb #dba6637c
+# %% ../../nbs/perturb/70_report.ipynb #50cadc6d
 def _mark_broken(rows: pd.DataFrame) -> pd.DataFrame:
     "Count replies without a token as failed and as no act at all."
     broken = rows.nll.isna()
@@ -105,7 +105,7 @@ def _control(rows: pd.DataFrame) -> dict:
         "question_judged": float(asked.judged.eq("question").mean()),
     }
 
-# %% ../../nbs/perturb/70_report.ipynb #f12a4880
+# %% ../../nbs/perturb/70_report.ipynb #426ffc09
 def _likelihood(rows: pd.DataFrame) -> dict:
     "Score fluency and the tie to the context, where there is a likelihood."
     said = rows[rows.nll.notna()]
@@ -166,7 +166,7 @@ def cell_scores(
     found |= {name: float(rows[name].mean()) for name in ("repetition", "ai_talk")}
     return found | {"tokens": float(rows.num_tokens.mean()), "failed": int(rows.failed.sum())}
 
-# %% ../../nbs/perturb/70_report.ipynb #42a4cbd0
+# %% ../../nbs/perturb/70_report.ipynb #e2f8b4a8
 LEVEL = 0.05  # of the corrected p value
 
 
@@ -220,7 +220,7 @@ def compare_cells(
     columns = dict.fromkeys(name for row in table.values() for name in row)
     return pd.DataFrame.from_dict(table, orient="index", columns=list(columns)).rename_axis("cell")
 
-# %% ../../nbs/perturb/70_report.ipynb #1586686c
+# %% ../../nbs/perturb/70_report.ipynb #56abb407
 def act_table(
     scores: pd.DataFrame,  # of `read_scores`
     cells: dict[str, dict],  # cell -> its method and options
@@ -238,7 +238,7 @@ def act_table(
             found.append(row | {"question_mark": rows.question_mark[rows.act == act].mean()})
     return pd.DataFrame(found)
 
-# %% ../../nbs/perturb/70_report.ipynb #1af586ff
+# %% ../../nbs/perturb/70_report.ipynb #0d49cd93
 def pareto_front(
     table: pd.DataFrame,  # of `compare_cells`
 ) -> list[str]:  # cells, from fluent to strong
@@ -287,7 +287,7 @@ def best_within(
     found = best_by_method(table, ratio)
     return found.cell.iloc[0] if len(found) else None
 
-# %% ../../nbs/perturb/70_report.ipynb #57a32014
+# %% ../../nbs/perturb/70_report.ipynb #553a3142
 BUDGETS = (1.25, 1.5)  # highest perplexities, in units of the unperturbed one
 _MIXED = (
     "_best_of_n"  # the best of n replies of another method has that method's colour, and a mark of its own
@@ -352,7 +352,7 @@ def _ratio_axis(ax: Axes, ratios: pd.Series) -> None:
     ax.set_xticks([], minor=True)
     ax.tick_params(labelsize="small")
 
-# %% ../../nbs/perturb/70_report.ipynb #ee17982a
+# %% ../../nbs/perturb/70_report.ipynb #fdb76122
 def plot_heat(
     ax: Axes,
     table: pd.DataFrame,  # of `compare_cells`
@@ -376,9 +376,10 @@ def plot_heat(
     ax.set(xlabel="step size", ylabel="layers")
     ax.set_title(f"{title}{', mean over cells' if repeated else ''}", fontsize="medium")
     ax.tick_params(labelsize="small" if size == 9 else "x-small", labelrotation=0)
+    ax.grid(False)
     return ax
 
-# %% ../../nbs/perturb/70_report.ipynb #13f98369
+# %% ../../nbs/perturb/70_report.ipynb #11dc6127
 _COSTLY = {"pplm": ["layers", "num_iterations"]} | {
     name: ["best_of"] for name in METHODS if name.endswith("best_of_n")
 }
@@ -416,7 +417,7 @@ def plot_cost(
     ax.tick_params(axis="x", labelsize="small")
     return ax
 
-# %% ../../nbs/perturb/70_report.ipynb #b68d72f6
+# %% ../../nbs/perturb/70_report.ipynb #8ac9a5ea
 def replies_side_by_side(
     scores: pd.DataFrame,  # of `read_scores`
     cells: Sequence[str],  # which ones, from left to right
@@ -435,7 +436,7 @@ def _markdown_table(table: pd.DataFrame) -> str:
     safe = table.map(lambda v: " ".join(str(v).split()).replace("|", "\\|"))
     return safe.to_markdown(index=False, disable_numparse=True)
 
-# %% ../../nbs/perturb/70_report.ipynb #da15d152
+# %% ../../nbs/perturb/70_report.ipynb #3b78d9af
 SHOWN = {  # column of `compare_cells` -> title and format
     "accuracy": ("as wanted", ".2f"),
     "gain": ("gain [95%]", "+.2f"),
@@ -492,7 +493,7 @@ def _act_lines(acts: pd.DataFrame, cells: Sequence[str]) -> str:
         own.rename(columns={"f1": "F1", "share": "judged so", "question_mark": 'with "?"'})
     )
 
-# %% ../../nbs/perturb/70_report.ipynb #b7d85fbb
+# %% ../../nbs/perturb/70_report.ipynb #05f1b3ec
 def _markdown(table: pd.DataFrame, acts: pd.DataFrame, scores: pd.DataFrame) -> str:
     "Tell the report as text."
     own = table[table.method != HUMAN]
