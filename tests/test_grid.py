@@ -20,18 +20,7 @@ from transformers import BertConfig, BertModel
 
 from llama_dialogue.attribute.head import AttributeHead
 from llama_dialogue.attribute.judge import Judge, JudgeConfig, JudgeNetwork
-from llama_dialogue.core import grid
-from llama_dialogue.core.dialogues import ACTS, load_corpus, write_jsonl
-from llama_dialogue.core.errors import InputError, MachineError
-from llama_dialogue.core.grid import WorkItem, check_engine, item_key, part_path, read_parts, run_items
-from llama_dialogue.core.metrics import reply_nll
-from llama_dialogue.core.models import load_encoder, tiny_chat_model
-from llama_dialogue.core.overlap import summed_overlap
-from llama_dialogue.core.paths import checkout_dir
-from llama_dialogue.core.records import RunRecord, load_rows, save_rows
-from llama_dialogue.core.statistics import Interval
-from llama_dialogue.perturb import report
-from llama_dialogue.perturb.grid import (
+from llama_dialogue.compare.grid import (
     GridConfig,
     differing_share,
     expand_cells,
@@ -39,8 +28,19 @@ from llama_dialogue.perturb.grid import (
     plan_grid,
     run_grid,
 )
+from llama_dialogue.compare.scores import HUMAN, score_grid
+from llama_dialogue.core import grid
+from llama_dialogue.core.dialogues import ACTS, load_corpus, write_jsonl
+from llama_dialogue.core.errors import InputError, MachineError
+from llama_dialogue.core.grid import WorkItem, check_engine, item_key, part_path, read_parts, run_items
+from llama_dialogue.core.metrics import reply_nll
+from llama_dialogue.core.models import load_encoder, tiny_chat_model
+from llama_dialogue.core.paths import checkout_dir
+from llama_dialogue.core.records import RunRecord, load_rows, save_rows
+from llama_dialogue.core.reference_metrics import summed_reference_scores
+from llama_dialogue.core.statistics import Interval
+from llama_dialogue.compare import report
 from llama_dialogue.perturb.methods import SteeringConfig
-from llama_dialogue.perturb.scores import HUMAN, score_grid
 from llama_dialogue.prompting.prompts import build_prompt
 
 FORK = multiprocessing.get_context("fork")
@@ -453,10 +453,10 @@ def test_columns_and_rows(exact):
             "stopped",
             "failed",
             "seconds",
-            "forwards",
+            "forward_equivalents",
         )
     ]
-    assert (rows.forwards > rows.token_ids.map(len)).all()  # the prompt counts too
+    assert (rows.forward_equivalents > rows.token_ids.map(len)).all()  # the prompt counts too
     assert len(rows) == 7 * 5 and rows.token_ids.map(lambda ids: str(ids.dtype)).eq("int32").all()
     cells = json.loads((exact / "cells.json").read_text())
     assert list(cells) == list(dict.fromkeys(rows.cell))
@@ -523,7 +523,7 @@ RUN = """
 import sys, torch
 from pathlib import Path
 from llama_dialogue.attribute.head import AttributeHead
-from llama_dialogue.perturb.grid import GridConfig, run_grid
+from llama_dialogue.compare.grid import GridConfig, run_grid
 config, head, out = sys.argv[1:]
 run_grid(GridConfig.from_yaml(config), out, progress=False, head=AttributeHead.from_pretrained(head))
 """
@@ -550,7 +550,7 @@ def test_kill_a_real_run(exact, head, tmp_path, kill, hears_ctrl_c):
 
 
 def test_the_seed_s_grid():
-    config = GridConfig.from_yaml(checkout_dir() / "configs" / "perturb" / "seed_grid.yaml")
+    config = GridConfig.from_yaml(checkout_dir() / "configs" / "perturb" / "original-grid.yaml")
     for num_layers, ranges in (
         (30, {"all", "lower", "middle", "upper"}),
         (32, {(0, 32), (0, 11), (11, 22), (21, 32)}),
@@ -653,7 +653,17 @@ def judge():
 def test_scores(exact, judge):
     rows, scores = read_parts(exact), score_grid(exact, judge=judge, progress=False)
     assert list(scores) == [
-        *("cell", "dialogue_id", "act", "seed", "reply", "stopped", "failed", "seconds", "forwards"),
+        *(
+            "cell",
+            "dialogue_id",
+            "act",
+            "seed",
+            "reply",
+            "stopped",
+            "failed",
+            "seconds",
+            "forward_equivalents",
+        ),
         *("judged", "probability", "question_mark", "num_tokens", "nll", "other_nll"),
         *("similarity", "similarity_floor", "repetition", "ai_talk", "meteor_stem", "rouge_l", "overlap"),
     ]
@@ -668,7 +678,10 @@ def test_scores(exact, judge):
     assert abs(made.nll - nll).max() < 1e-3
     pd.testing.assert_frame_equal(pd.read_parquet(exact / "scores.parquet"), scores)
     assert human.meteor_stem.isna().all() and made.drop(columns="overlap").notna().all(axis=None)
-    assert made.groupby("dialogue_id").forwards.min().gt(0).all() and not human.forwards.any()
+    assert (
+        made.groupby("dialogue_id").forward_equivalents.min().gt(0).all()
+        and not human.forward_equivalents.any()
+    )
     log_probs = judge.predict([examples[i] for i in human.dialogue_id])
     assert human.judged.tolist() == [ACTS[i] for i in log_probs.argmax(-1).tolist()]
 
@@ -713,7 +726,7 @@ def test_a_second_model_and_a_record(exact, judge, tmp_path):
     about = grid.load_manifest(exact)["about"]
     assert (record.model, record.data, record.config) == (about["model"], about["data"], about["config"])
     assert metrics["second_model"]["sha256"] == second.sha256 and metrics["human_ceiling"].n == 5
-    assert metrics["grid"]["rows"] == len(scores) - 5 and metrics["steerers"] == about["steerers"]
+    assert metrics["grid"]["rows"] == len(scores) - 5 and metrics["inputs"] == about["inputs"]
     assert set(metrics["cells"]) == set(rows.cell) - {HUMAN} and list(rows) == list(scores)
     assert rows.reply.equals(scores.reply) and (rows.nll / scores.nll - 1).abs().max() < 1e-3
 
@@ -721,7 +734,7 @@ def test_a_second_model_and_a_record(exact, judge, tmp_path):
 def test_parts_of_an_older_version_are_refused(exact, judge, tmp_path):
     shutil.copytree(exact, tmp_path / "grid")
     key = grid.load_manifest(tmp_path / "grid")["parts"][0]
-    rows = grid.read_part(tmp_path / "grid", key).drop(columns="forwards")
+    rows = grid.read_part(tmp_path / "grid", key).drop(columns="forward_equivalents")
     grid.save_part(rows, tmp_path / "grid", key)
     with pytest.raises(InputError, match="run the grid again"):
         score_grid(tmp_path / "grid", judge=judge, progress=False)
@@ -787,7 +800,7 @@ def test_report_has_every_column_of_the_scores(scored):
         *("perplexity", "median_perplexity", "own_context_wins", "context_gain", "similarity_gain"),
         *("meteor_stem", "rouge_l", "bleu_1", "bleu_2", "nist_2", "nist_4", "distinct_1", "distinct_3"),
         *("entropy_2", "entropy_4", "repetition", "ai_talk", "tokens", "seconds_per_token"),
-        *("forwards_per_token", "failed", "question_mark", "question_judged", "perplexity_ratio"),
+        *("forward_equivalents_per_token", "failed", "question_mark", "question_judged", "perplexity_ratio"),
     ):
         assert table[name].notna()["none"], name
     assert list(table.index) == [*cells, "human"] and table.verdict.notna().sum() == len(cells) - 1
@@ -795,7 +808,7 @@ def test_report_has_every_column_of_the_scores(scored):
     assert human[["distinct_1", "bleu_1", "seconds_per_token", "gain"]].isna().all()
     assert human[["accuracy", "context_gain", "tokens", "repetition"]].notna().all()
     rows = scores[scores.cell == "none"]
-    slow = summed_overlap(np.stack(rows.overlap), list(rows.dialogue_id))
+    slow = summed_reference_scores(np.stack(rows.overlap), list(rows.dialogue_id))
     assert all(abs(table.loc["none", name] - score.value) < 1e-9 for name, score in slow.items())
 
 

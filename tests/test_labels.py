@@ -3,9 +3,15 @@
 import pandas as pd
 import pytest
 
+from llama_dialogue.compare.annotation import (
+    join_labels,
+    label_agreement,
+    read_annotation,
+    sample_for_annotation,
+    save_annotation,
+)
 from llama_dialogue.core.dialogues import ACTS, Turn
 from llama_dialogue.core.errors import InputError
-from llama_dialogue.perturb.labels import draw_sheet, join_labels, label_agreement, read_sheet, save_sheet
 
 CELLS = ["none", "pplm layers=upper", "guided"]
 CONTEXTS = {f"d{i}": (Turn(f"Shall we meet on day {i}?"),) for i in range(5)}
@@ -23,22 +29,22 @@ def scores():
 
 
 def test_a_sheet_holds_as_many_of_each_cell_and_hides_them(scores):
-    sheet = draw_sheet(scores, CONTEXTS, n=12)
+    sheet = sample_for_annotation(scores, CONTEXTS, n=12)
     assert list(sheet) == ["row", "context", "reply", "label"] and sheet.row.is_unique
     cells = sheet.reply.map(scores.set_index("reply").cell)
     assert cells.value_counts().to_dict() == dict.fromkeys(CELLS, 4)
     assert not cells.is_monotonic_increasing and set(sheet.label) == {""}
     assert all(sheet.row.str.fullmatch("[0-9a-f]{12}"))
-    pd.testing.assert_frame_equal(sheet, draw_sheet(scores, CONTEXTS, n=12))
-    assert set(sheet.row) != set(draw_sheet(scores, CONTEXTS, n=12, seed=1).row)
+    pd.testing.assert_frame_equal(sheet, sample_for_annotation(scores, CONTEXTS, n=12))
+    assert set(sheet.row) != set(sample_for_annotation(scores, CONTEXTS, n=12, seed=1).row)
 
 
 def test_labels_find_their_replies_in_any_order(scores, tmp_path):
-    sheet = draw_sheet(scores, CONTEXTS, n=30)
+    sheet = sample_for_annotation(scores, CONTEXTS, n=30)
     wanted = scores.set_index("reply").act
     filled = sheet.assign(label=sheet.reply.map(wanted)).sample(frac=1, random_state=3)
     labelled = join_labels(
-        scores.sample(frac=1, random_state=1), read_sheet(save_sheet(filled, tmp_path / "s.csv"))
+        scores.sample(frac=1, random_state=1), read_annotation(save_annotation(filled, tmp_path / "s.csv"))
     )
     assert len(labelled) == 30 and (labelled.label == labelled.act).all()
     found = label_agreement(labelled)
@@ -46,7 +52,7 @@ def test_labels_find_their_replies_in_any_order(scores, tmp_path):
     right = labelled.act.isin(["inform", "question"]).mean()
     assert found["wanted_by_judge"].value == found["agreement"].value == pytest.approx(right)
     with pytest.raises(InputError, match="perhaps with labels"):
-        save_sheet(filled, tmp_path / "s.csv")
+        save_annotation(filled, tmp_path / "s.csv")
 
 
 def test_kappa_is_cohens(scores):
@@ -68,7 +74,7 @@ def test_kappa_is_cohens(scores):
 def test_a_wrong_sheet_is_refused(tmp_path, text, told):
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(InputError, match=told):
-        read_sheet(tmp_path / "s.csv")
+        read_annotation(tmp_path / "s.csv")
 
 
 def test_labels_of_another_grid_are_refused(scores):
@@ -80,4 +86,4 @@ def test_labels_of_another_grid_are_refused(scores):
 @pytest.mark.parametrize("n", [0, 61])
 def test_a_sheet_of_no_or_too_many_replies_is_refused(scores, n):
     with pytest.raises(InputError, match="need 1..60"):
-        draw_sheet(scores, CONTEXTS, n)
+        sample_for_annotation(scores, CONTEXTS, n)

@@ -25,7 +25,7 @@ from llama_dialogue.perturb.distil import (
     unrotate,
 )
 from llama_dialogue.perturb.guided import GuidedConfig, generate_guided, reference_guided
-from llama_dialogue.perturb.methods import METHODS, NEEDS, Steerers, SteeringConfig, steer
+from llama_dialogue.perturb.methods import METHODS, NEEDS, SteeringConfig, SteeringInputs, steer
 from llama_dialogue.perturb.pplm import PPLMConfig, generate_pplm
 from llama_dialogue.perturb.vectors import (
     SteeringVectors,
@@ -185,7 +185,9 @@ def test_decoding_by_class_changes_no_row(chat, batch_size):
         return added_vector(chat.model, 2, torch.stack([vectors[name] for name in classes]))
 
     plain = generate(chat.model, chat.tokenizer, prompts, config, seed=4)
-    together = generate(chat.model, chat.tokenizer, prompts, config, seed=4, classes=names, inside=inside)
+    together = generate(
+        chat.model, chat.tokenizer, prompts, config, seed=4, classes=names, edit_context=inside
+    )
     assert together.token_ids != plain.token_ids
     for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
         with added_vector(chat.model, 2, vectors[name]):
@@ -201,11 +203,13 @@ def test_offsets_by_row_change_no_row(chat, batch_size):
     def inside(classes):
         return added_offsets(chat.model, offsets, classes, 2.0)
 
-    together = generate(chat.model, chat.tokenizer, PROMPTS, config, seed=4, classes=NAMES, inside=inside)
+    together = generate(
+        chat.model, chat.tokenizer, PROMPTS, config, seed=4, classes=NAMES, edit_context=inside
+    )
     assert together.token_ids != generate(chat.model, chat.tokenizer, PROMPTS, config, seed=4).token_ids
     for row, (prompt, name) in enumerate(zip(PROMPTS, NAMES, strict=True)):
         alone = generate(
-            chat.model, chat.tokenizer, [prompt], config, seed=4 + row, classes=[name], inside=inside
+            chat.model, chat.tokenizer, [prompt], config, seed=4 + row, classes=[name], edit_context=inside
         )
         assert alone.token_ids[0] == together.token_ids[row]
 
@@ -531,8 +535,8 @@ def test_a_small_offset_survives_in_bfloat16():
 
 
 @pytest.fixture(scope="module")
-def steerers(llama, head, examples):
-    return Steerers(head, steering_vectors(llama, examples), random_offsets(llama))
+def inputs(llama, head, examples):
+    return SteeringInputs(head, steering_vectors(llama, examples), random_offsets(llama))
 
 
 SMALL = SteeringConfig(
@@ -541,10 +545,10 @@ SMALL = SteeringConfig(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_reply_does_not_depend_on_its_neighbours(llama, steerers, method):
-    together = steer(method, llama, steerers, CONTEXTS, NAMES, SMALL, seed=3)
+def test_a_reply_does_not_depend_on_its_neighbours(llama, inputs, method):
+    together = steer(method, llama, inputs, CONTEXTS, NAMES, SMALL, seed=3)
     again = [
-        steer(method, llama, steerers, [c], [a], SMALL, seeds=[3 + i])
+        steer(method, llama, inputs, [c], [a], SMALL, seeds=[3 + i])
         for i, (c, a) in enumerate(zip(CONTEXTS, NAMES, strict=True))
     ]
     assert together.token_ids == [one.token_ids[0] for one in again]
@@ -555,23 +559,23 @@ def test_a_reply_does_not_depend_on_its_neighbours(llama, steerers, method):
     "method, off",
     [("vector", "vector_strength=0"), ("guided", "guide_strength=0"), ("distilled", "distilled_strength=0")],
 )
-def test_no_strength_says_what_none_says(llama, steerers, method, off):
-    said = steer(method, llama, steerers, CONTEXTS, NAMES, SMALL.override([off]))
+def test_no_strength_says_what_none_says(llama, inputs, method, off):
+    said = steer(method, llama, inputs, CONTEXTS, NAMES, SMALL.override([off]))
     assert said.token_ids == steer("none", llama, None, CONTEXTS, NAMES, SMALL).token_ids
 
 
 @pytest.mark.parametrize("method", NEEDS)
 def test_what_is_missing_is_named_with_its_maker(llama, method):
     makers = {"head": "default_head", "vectors": "steering_vectors", "offsets": "distil_offsets"}
-    for nothing in (None, Steerers()):
+    for nothing in (None, SteeringInputs()):
         with pytest.raises(InputError, match=makers[NEEDS[method][0]]):
             steer(method, llama, nothing, CONTEXTS, NAMES, SMALL)
 
 
 @pytest.mark.parametrize("method", [m for m, kinds in NEEDS.items() if kinds != ("head",)])
-def test_what_was_made_on_another_model_is_refused(steerers, method):
+def test_what_was_made_on_another_model_is_refused(inputs, method):
     with pytest.raises(InputError, match="made on model"):
-        steer(method, tiny_chat_model(seed=1), steerers, CONTEXTS, NAMES, SMALL)
+        steer(method, tiny_chat_model(seed=1), inputs, CONTEXTS, NAMES, SMALL)
 
 
 def test_an_act_that_nobody_learned_is_refused(llama, head):
@@ -620,23 +624,23 @@ def test_wrong_settings_are_refused(change):
         SteeringConfig().override([change])
 
 
-def test_a_layer_without_vectors_is_refused(llama, steerers):
+def test_a_layer_without_vectors_is_refused(llama, inputs):
     with pytest.raises(InputError, match="vector_layer=9"):
-        steer("vector", llama, steerers, CONTEXTS, NAMES, SMALL.override(["vector_layer=9"]))
+        steer("vector", llama, inputs, CONTEXTS, NAMES, SMALL.override(["vector_layer=9"]))
 
 
 @pytest.mark.parametrize("method", ["vector", "distilled"])
-def test_steered_candidates_compete(llama, steerers, method):
+def test_steered_candidates_compete(llama, inputs, method):
     config = SMALL.override(["best_of=3", "vector_strength=1", "distilled_strength=3", "temperature=3"])
-    said = steer(f"{method}_best_of_n", llama, steerers, CONTEXTS, NAMES, config, seed=3)
+    said = steer(f"{method}_best_of_n", llama, inputs, CONTEXTS, NAMES, config, seed=3)
     for row, (context, act, label) in enumerate(zip(CONTEXTS, NAMES, LABELS, strict=True)):
         seeds = [3 + row, *(derive_seed(3 + row, k) for k in (1, 2))]
-        tried = steer(method, llama, steerers, [context] * 3, [act] * 3, config, seeds=seeds)
+        tried = steer(method, llama, inputs, [context] * 3, [act] * 3, config, seeds=seeds)
         prompt = build_prompt(llama.tokenizer, context, "none")
-        read = steerers.head(reply_features(llama, [prompt] * 3, tried.token_ids))[:, label]
+        read = inputs.head(reply_features(llama, [prompt] * 3, tried.token_ids))[:, label]
         assert said.token_ids[row] == tried.token_ids[int(read.argmax())]
     with pytest.raises(InputError, match="without head"):
-        steer(f"{method}_best_of_n", llama, replace(steerers, head=None), CONTEXTS, NAMES, config)
+        steer(f"{method}_best_of_n", llama, replace(inputs, head=None), CONTEXTS, NAMES, config)
 
 
 def test_guided_candidates_compete(llama, head):

@@ -6,7 +6,7 @@ import pytest
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
-from llama_dialogue.attribute.experiment import model_card
+from llama_dialogue.attribute.training import model_card
 from llama_dialogue.core.records import RunRecord, check_rendered, load_rows, results_dir
 
 CFG = get_config()

@@ -185,7 +185,7 @@ def _corpus(data, strict, as_json):
 @config_options
 def _demo(data, n, model, out, figures, config_path, assignments, seed, as_json):
     """Steer replies towards each act with every method; print a table, write a figure."""
-    from llama_dialogue.app.demo import DemoConfig, demo_table, plot_demo, run_demo, side_by_side
+    from llama_dialogue.compare.demo import DemoConfig, demo_table, plot_demo, run_demo, side_by_side
     from llama_dialogue.core.paths import check_writable
     from llama_dialogue.core.plots import save_figure
 
@@ -250,7 +250,7 @@ def _prompting():
 def _prompting_run(data, n, model, out, config_path, assignments, seed, as_json):
     """Reply to the same contexts under every system prompt and measure AI talk, length and stops."""
     from llama_dialogue.core.paths import check_writable
-    from llama_dialogue.prompting.experiment import PromptingConfig, prompting_table, run_prompting
+    from llama_dialogue.prompting.comparison import PromptingConfig, prompting_table, run_prompting
 
     config = _configured(PromptingConfig, config_path, assignments, data=data, n=n, model=model, seed=seed)
     folder = check_writable(Path(out) / "prompting")
@@ -295,7 +295,7 @@ def _example_options(command: Callable) -> Callable:
 @config_options
 def _attribute_train(kind, balanced, out, records_folder, config_path, assignments, as_json, **given):
     """Train a head or a judge and test it beside the baselines."""
-    from llama_dialogue.attribute.experiment import (
+    from llama_dialogue.attribute.training import (
         HeadTraining,
         JudgeTraining,
         train_head_job,
@@ -368,12 +368,12 @@ def _perturb():
 
 def _making(job: str, config_path, assignments, out, records_folder, as_json, given: dict) -> None:
     "Run one of the two jobs."
-    from llama_dialogue.perturb import making
+    from llama_dialogue.perturb import estimation
 
-    values = making.MakingConfig.from_yaml(config_path).to_dict() if config_path else {"name": job[5:]}
+    values = estimation.MakingConfig.from_yaml(config_path).to_dict() if config_path else {"name": job[4:]}
     values |= {key: value for key, value in given.items() if value is not None}
-    config = making.MakingConfig.from_dict(values).override(list(assignments))
-    _, record = getattr(making, job)(config, out, records_folder)
+    config = estimation.MakingConfig.from_dict(values).override(list(assignments))
+    _, record = getattr(estimation, job)(config, out, records_folder)
     if as_json:
         _print_json(record.to_dict())
     else:
@@ -388,7 +388,7 @@ def _making(job: str, config_path, assignments, out, records_folder, as_json, gi
 @config_options
 def _perturb_vectors(out, records_folder, config_path, assignments, as_json, **given):
     """Take the differences of the acts' mean hidden states as directions."""
-    _making("make_vectors", config_path, assignments, out, records_folder, as_json, given)
+    _making("fit_vectors", config_path, assignments, out, records_folder, as_json, given)
 
 
 @_perturb.command("distil")
@@ -400,7 +400,7 @@ def _perturb_vectors(out, records_folder, config_path, assignments, as_json, **g
 @config_options
 def _perturb_distil(out, records_folder, config_path, assignments, as_json, **given):
     """Run PPLM on training contexts and average what it does to keys and values."""
-    _making("make_offsets", config_path, assignments, out, records_folder, as_json, given)
+    _making("fit_offsets", config_path, assignments, out, records_folder, as_json, given)
 
 # %% ../../nbs/app/20_cli.ipynb #e91eb0cd
 @cli.group("grid", cls=Group, short_help="Run and score a grid of steering methods.")
@@ -419,7 +419,7 @@ def _grid_run(config_path, out, engine, address, assignments, as_json):
     """Compute every part of the grid in CONFIG (a YAML file) that is not there yet."""
     from dataclasses import asdict
 
-    from llama_dialogue.perturb.grid import GridConfig, run_grid
+    from llama_dialogue.compare.grid import GridConfig, run_grid
 
     config = GridConfig.from_yaml(config_path).override(list(assignments))
     summary = run_grid(config, out, engine, address)
@@ -439,7 +439,7 @@ def _grid_run(config_path, out, engine, address, assignments, as_json):
 @click.option("--records", help="Folder for a record and its rows; none is written without it.")
 def _grid_score(folder, data, judge, second, records):
     """Score the replies in FOLDER: control, fluency, relevance, overlap, repetition."""
-    from llama_dialogue.perturb.scores import score_grid
+    from llama_dialogue.compare.scores import score_grid
 
     scores = score_grid(folder, data, judge, second=second, records=records)
     click.echo(f"{len(scores):,} replies scored: {Path(folder) / 'scores.parquet'}")
@@ -453,9 +453,9 @@ def _grid_score(folder, data, judge, second, records):
 @click.option("--data", help="Where the grid's corpus lies now; None: as the grid was run.")
 def _grid_sheet(folder, out, n, seed, data):
     """Write replies of the scored grid in FOLDER on a sheet, for a person to label."""
-    from llama_dialogue.perturb.labels import grid_sheet
+    from llama_dialogue.compare.annotation import annotate_grid
 
-    click.echo(f"{grid_sheet(folder, out, n, seed, data)}: fill in the column `label`")
+    click.echo(f"{annotate_grid(folder, out, n, seed, data)}: fill in the column `label`")
 
 
 @_grid.command("labels")
@@ -464,9 +464,9 @@ def _grid_sheet(folder, out, n, seed, data):
 @click.option("--records", "records_folder", default="runs", show_default=True, help="Folder for the record.")
 def _grid_labels(folder, sheet, records_folder):
     """Compare the judge of the scored grid in FOLDER with the labels on SHEET."""
-    from llama_dialogue.perturb.labels import record_labels
+    from llama_dialogue.compare.annotation import record_annotation
 
-    record, _ = record_labels(folder, sheet, records_folder)
+    record, _ = record_annotation(folder, sheet, records_folder)
     for part, scores in record.metrics.items():
         if part != "confusion":
             click.echo(f"{part}: " + ", ".join(f"{name} {value}" for name, value in scores.items()))
@@ -478,7 +478,7 @@ def _grid_labels(folder, sheet, records_folder):
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def _report(folder, out, as_json):
     """Compare every cell of the scored grid in FOLDER with doing nothing."""
-    from llama_dialogue.perturb.report import write_report
+    from llama_dialogue.compare.report import write_report
 
     path, table = write_report(folder, out)
     if as_json:

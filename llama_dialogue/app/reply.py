@@ -9,8 +9,8 @@ __all__ = ['reply_to']
 from ..core.dialogues import ACTS, Turn
 from ..core.errors import InputError, check_choice
 from ..core.models import load_chat_model
+from ..perturb.estimation import load_inputs
 from ..perturb.layers import select_layers
-from ..perturb.making import load_steerers
 from ..perturb.methods import METHODS, SteeringConfig, steer
 
 # %% ../../nbs/app/15_reply.ipynb #fe47703a
@@ -44,6 +44,6 @@ def reply_to(
     config = config or SteeringConfig()
     chat = load_chat_model(model)
     select_layers(config.layers, chat.num_layers)
-    steerers = load_steerers([method], chat)
-    out = steer(method, chat, steerers, [context], [wanted], config, seed)
+    inputs = load_inputs([method], chat)
+    out = steer(method, chat, inputs, [context], [wanted], config, seed)
     return {"reply": out.replies[0], "act": act, "method": method, "seed": seed, "stopped": out.stopped[0]}

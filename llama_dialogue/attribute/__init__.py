@@ -1,10 +1,12 @@
 """Read act and emotion from hidden states; judge replies by a second model."""
 
-from .features import *
-from .head import *
-from .judge import *
-from .scoring import *
-from .defaults import *
-from .probes import *
-from .experiment import *
-from .evaluation import *
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "head": ["AttributeHead", "fit_head"],
+        "judge": ["Judge", "JudgeConfig", "train_judge"],
+        "defaults": ["default_head", "default_judge"],
+    },
+)

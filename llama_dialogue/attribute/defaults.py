@@ -29,8 +29,8 @@ from llama_dialogue.attribute.judge import (
     train_judge,
     turn_examples,
 )
-from .scoring import drop_known, score_predictions
-from ..core.dialogues import Corpus, Example, load_corpus, make_examples, select_part
+from ..core.classification import drop_train_duplicates, score_predictions
+from ..core.dialogues import Corpus, Example, load_corpus, make_examples, select_share
 from ..core.errors import InputError
 from ..core.models import ChatModel
 from ..core.paths import cache_dir, lock, sha256_text
@@ -41,11 +41,11 @@ def default_examples(
     part: str,  # "head" or "judge"
 ) -> tuple[list[Example], list[Example], list[Example]]:  # to train on, to choose by, held out
     "Cut the corpus into the three sets of a default."
-    own, free = select_part(corpus, part), select_part(corpus, "steer")
+    own, free = select_share(corpus, part), select_share(corpus, "steer")
     make = turn_examples if part == "judge" else lambda dialogues: make_examples(dialogues, all_turns=True)
     train = make([dialogue for dialogue in own if dialogue.split == "train"])
     chosen_by = make([dialogue for dialogue in own if dialogue.split != "train"])
-    held_out, _ = drop_known(make_examples(free), train)
+    held_out, _ = drop_train_duplicates(make_examples(free), train)
     return train, chosen_by, held_out
 
 # %% ../../nbs/attribute/50_defaults.ipynb #3236590e

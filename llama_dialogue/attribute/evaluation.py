@@ -9,7 +9,6 @@ __all__ = ['EvaluationConfig', 'load_attribute_model', 'evaluate_job', 'ProbeCon
 # %% ../../nbs/attribute/80_evaluation.ipynb #194f6867
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -17,14 +16,6 @@ from types import SimpleNamespace
 import pandas as pd
 import torch
 
-from llama_dialogue.attribute.experiment import (
-    ExampleConfig,
-    ExampleSets,
-    baseline_scores,
-    example_sets,
-    labelled,
-    set_sizes,
-)
 from llama_dialogue.attribute.features import (
     POOLINGS,
     encode_replies,
@@ -35,16 +26,29 @@ from llama_dialogue.attribute.features import (
 from .head import AttributeHead, check_head
 from .judge import TARGETS, Judge, target_classes, target_labels
 from .probes import SETTINGS, probe_layers
-from .scoring import agreement, confusion_table, drop_known, score_predictions
-from ..core.config import Config
+from llama_dialogue.attribute.training import (
+    ExampleConfig,
+    ExampleSets,
+    baseline_scores,
+    example_sets,
+    labelled,
+    set_sizes,
+)
+from llama_dialogue.core.classification import (
+    agreement,
+    confusion_table,
+    drop_train_duplicates,
+    score_predictions,
+)
+from ..core.config import Config, frozen
 from llama_dialogue.core.dialogues import (
-    PARTS,
+    SHARES,
     SPLITS,
     Example,
     balanced_sample,
     load_corpus,
     make_examples,
-    select_part,
+    select_share,
 )
 from ..core.errors import InputError, check_choice
 from ..core.models import ChatModel, load_chat_model
@@ -52,7 +56,7 @@ from ..core.paths import sha256_file
 from ..core.records import RunRecord, identity, start_run
 
 # %% ../../nbs/attribute/80_evaluation.ipynb #81dce8b8
-@dataclass(frozen=True)
+@frozen
 class EvaluationConfig(Config):
     "What a saved model is tested on."
 
@@ -69,7 +73,7 @@ class EvaluationConfig(Config):
     seed: int = 0
 
     def __post_init__(self):
-        for what, value, known in (("split", self.split, SPLITS), ("part", self.part, PARTS)):
+        for what, value, known in (("split", self.split, SPLITS), ("part", self.part, SHARES)):
             if value is not None:
                 check_choice(what, value, known)
 
@@ -106,13 +110,13 @@ def evaluate_job(
             check_head(head, chat)
     corpus = load_corpus(config.data)
     chosen = [d for d in corpus if config.split in (None, d.split)]
-    chosen = select_part(chosen, config.part) if config.part else chosen
+    chosen = select_share(chosen, config.part) if config.part else chosen
     test = labelled(make_examples(chosen, config.all_turns), target)
     own = {
         split: labelled(make_examples([d for d in corpus if d.split == split], True), target)
         for split in ("train", "validation")
     }
-    kept, overlap = drop_known(test, [] if config.split in (None, "train") else own["train"])
+    kept, overlap = drop_train_duplicates(test, [] if config.split in (None, "train") else own["train"])
     test = test if config.known else kept
     if config.balanced:
         test = balanced_sample(test, target, seed=config.seed)
@@ -151,7 +155,7 @@ def _predict(model: AttributeHead | Judge, test, chat: ChatModel | None, progres
     return model.predict(test, chat, bar)
 
 # %% ../../nbs/attribute/80_evaluation.ipynb #9a0cb26d
-@dataclass(frozen=True)
+@frozen
 class ProbeConfig(ExampleConfig):
     "Which probes are trained."
 
@@ -237,7 +241,7 @@ def bench_features(
     return {name: round(value, 2) for name, value in (speeds | ratios).items()}
 
 
-@dataclass(frozen=True)
+@frozen
 class FeatureBench(Config):
     "How the extraction of features is timed."
 

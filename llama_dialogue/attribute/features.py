@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from ..core.config import Config
+from ..core.config import Config, frozen
 from ..core.dialogues import Example
 from ..core.errors import InputError, check_choice
 from ..core.generation import stop_token_ids
@@ -298,7 +298,7 @@ def example_features(
 METHOD = 1  # raise it when the numbers change: old caches are then left aside
 
 
-@dataclass(frozen=True)
+@frozen
 class FeatureConfig(Config):
     "What is read from each reply."
 

@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .head import find_temperature
-from ..core.config import Config
+from ..core.config import Config, frozen
 from ..core.dialogues import ACTS, EMOTIONS, Dialogue, Example, balanced_sample, make_examples
 from ..core.errors import InputError, check_choice
 from ..core.models import choose_device, choose_dtype, load_encoder
@@ -69,7 +68,7 @@ def turn_examples(
     return openings + make_examples(dialogues, all_turns=True)
 
 # %% ../../nbs/attribute/30_judge.ipynb #a08a622f
-@dataclass(frozen=True)
+@frozen
 class JudgeConfig(Config):
     "How a judge is trained."
 

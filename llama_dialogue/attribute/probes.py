@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .features import POOLINGS, FeatureConfig, corpus_features, layer_index
 from .head import fit_head
 from .judge import check_labels_present, target_classes, target_labels
-from .scoring import score_predictions
+from ..core.classification import score_predictions
 from ..core.dialogues import Example
 from ..core.errors import InputError, check_choice
 from ..core.models import ChatModel

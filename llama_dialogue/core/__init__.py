@@ -1,13 +1,16 @@
 """Models, dialogues, generation, metrics, statistics, plots and run records."""
 
-from .errors import *
-from .paths import *
-from .config import *
-from .texts import *
-from .dialogues import *
-from .models import *
-from .generation import *
-from .statistics import *
-from .metrics import *
-from .records import *
-from .plots import *
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "errors": ["InputError", "MachineError"],
+        "config": ["Config", "frozen"],
+        "dialogues": ["Corpus", "Dialogue", "Example", "Turn", "load_corpus", "make_examples"],
+        "models": ["ChatModel", "load_chat_model", "tiny_chat_model"],
+        "generation": ["GenerationConfig", "Generations", "best_of_n", "generate", "stream"],
+        "statistics": ["Interval"],
+        "records": ["RunRecord", "load_rows", "records_table"],
+    },
+)

@@ -1,19 +1,13 @@
 """Perturb the KV cache by layer range, and compare with other ways to steer."""
 
-from .layers import *
-from .cache import *
-from .attributes import *
-from .settings import *
-from .pplm import *
-from .traces import *
-from .reference import *
-from .vectors import *
-from .guided import *
-from .distil import *
-from .methods import *
-from .making import *
-from .grid import *
-from .scores import *
-from .report import *
-from .labels import *
-from .own_attribute import *
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "pplm_config": ["PPLMConfig"],
+        "pplm": ["generate_pplm"],
+        "vectors": ["SteeringVectors", "steering_vectors"],
+        "methods": ["SteeringConfig", "SteeringInputs", "steer"],
+    },
+)

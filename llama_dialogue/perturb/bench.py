@@ -37,21 +37,21 @@ from transformers import (
 
 from ..attribute.defaults import default_head
 from ..attribute.head import AttributeHead
-from ..core.config import Config
+from ..core.config import Config, frozen
 from ..core.dialogues import load_corpus
 from ..core.errors import InputError, MachineError
-from ..core.generation import GenerationConfig, Inside, encode_prompts, generate
+from ..core.generation import EditContext, GenerationConfig, encode_prompts, generate
 from ..core.models import ChatModel, byte_tokenizer, load_chat_model
 from ..core.records import RunRecord, start_run
 from .distil import Offsets, added_offsets
 from .layers import select_layers
 from .pplm import generate_pplm
+from .pplm_config import PPLMConfig
 from .reference import reference_pplm
-from .settings import PPLMConfig
 from .vectors import added_vector
 
 # %% ../../nbs/perturb/55_bench.ipynb #46c53bed
-@dataclass(frozen=True)
+@frozen
 class BenchConfig(Config):
     "What is timed, on what, how often."
 
@@ -187,7 +187,7 @@ def random_edits(
     chat: ChatModel,
     classes: Sequence[str],
     seed: int = 0,
-) -> dict[str, Inside]:  # "vector" and "offsets", for `generate(inside=...)`
+) -> dict[str, EditContext]:  # "vector" and "offsets", for `generate(edit_context=...)`
     "Make edits that cost what real ones cost."
     draw = torch.Generator().manual_seed(seed)
     vectors = dict(zip(classes, 1e-3 * torch.randn(len(classes), chat.width, generator=draw), strict=True))
@@ -252,7 +252,7 @@ def time_in_turns(
 
         variants = {"generate": plain()}
         variants |= {
-            name: plain(classes=classes, inside=edit)
+            name: plain(classes=classes, edit_context=edit)
             for name, edit in random_edits(endless, head.classes).items()
         }
         variants |= {f"{layers} x {rows}": batched(layers, rows) for layers, rows in batches}

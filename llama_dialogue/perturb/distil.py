@@ -25,7 +25,7 @@ from ..core.generation import derive_seed
 from ..core.models import ChatModel
 from .layers import select_layers
 from .pplm import generate_pplm
-from .settings import PPLMConfig
+from .pplm_config import PPLMConfig
 from .vectors import load_tensors, save_tensors
 from ..prompting.prompts import build_prompt
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attribute.head import AttributeHead, check_head
+from ..core.config import frozen
 from ..core.errors import InputError
 from llama_dialogue.core.generation import (
     GenerationConfig,
@@ -31,11 +32,11 @@ from llama_dialogue.core.generation import (
     sample_rows,
     stop_token_ids,
 )
-from .attributes import as_parts
-from .settings import PPLMConfig, check_request
+from .attributes import as_attributes
+from .pplm_config import PPLMConfig, check_request
 
 # %% ../../nbs/perturb/42_guided.ipynb #31257e0a
-@dataclass(frozen=True)
+@frozen
 class GuidedConfig(GenerationConfig):
     "How replies are decoded under guidance; top_k is the number of tokens that the head weighs."
 
@@ -178,7 +179,7 @@ def generate_guided(
     config, seeds = config or GuidedConfig(), row_seeds(len(prompts), seed, seeds)
     lengths = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
     check_head(head, pooling="steering")
-    parts, classes = as_parts(head, labels)
+    parts, classes = as_attributes(head, labels)
     check_request(model, lengths, parts, classes, PPLMConfig(max_new_tokens=config.max_new_tokens))
     token_ids, read = ([[] for _ in prompts] for _ in range(2))
     failed = [False] * len(prompts)

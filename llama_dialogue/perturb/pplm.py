@@ -27,9 +27,9 @@ from llama_dialogue.core.generation import (
     sample_rows,
     stop_token_ids,
 )
-from .attributes import Attribute, BagOfWords, as_parts
+from .attributes import Attribute, BagOfWords, as_attributes
 from .cache import GrowingCache, attention_by, frozen, run_layers
-from .settings import PPLMConfig, check_request, position_mask
+from .pplm_config import PPLMConfig, check_request, position_mask
 
 # %% ../../nbs/perturb/20_pplm.ipynb #5c957d49
 def expected_embedding(
@@ -60,7 +60,7 @@ class _Steering:
     def __init__(self, model, tokenizer, prompts, labels, attribute, config, seeds):
         self.model, self.config, device = model, config, model.device
         ids, mask = (t.to(device) for t in encode_prompts(tokenizer, prompts))
-        parts, labels = as_parts(attribute, labels)
+        parts, labels = as_attributes(attribute, labels)
         self.layers = check_request(model, mask.sum(-1).tolist(), parts, labels, config)
         self.every = range(model.config.num_hidden_layers)
         self.upper = range(self.layers.start, len(self.every))

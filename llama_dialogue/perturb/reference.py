@@ -14,11 +14,11 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreT
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..core.generation import row_uniforms, sample_rows, stop_token_ids
-from .attributes import Attribute, BagOfWords, as_parts
+from .attributes import Attribute, BagOfWords, as_attributes
 from .cache import attention_by, frozen
 from .layers import select_layers
 from .pplm import PPLMOutput
-from .settings import PPLMConfig
+from .pplm_config import PPLMConfig
 
 # %% ../../nbs/perturb/30_reference.ipynb #e2dcebf6
 def _wide_attention(module, query, key, value, attention_mask, **kwargs):
@@ -114,7 +114,7 @@ def reference_pplm(
     uniforms = row_uniforms([seed], config.max_new_tokens).to(model.device)
     stops = stop_token_ids(model, tokenizer)
     table = model.get_input_embeddings()
-    parts, [labels] = as_parts(head, [label])
+    parts, [labels] = as_attributes(head, [label])
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     prompt_length, losses, deltas = len(ids), [], []
     with frozen(model), attention_by(model, "wide"):

@@ -24,7 +24,7 @@ from ..attribute.features import encode_replies, example_prompts, many_features
 from ..attribute.judge import target_classes, target_labels
 from ..core.dialogues import Example
 from ..core.errors import InputError, check_choice
-from ..core.generation import Inside
+from ..core.generation import EditContext
 from ..core.models import ChatModel
 from ..core.paths import atomic_folder
 
@@ -211,7 +211,7 @@ def vector_edit(
     vectors: SteeringVectors,
     layer: int,  # one of the vectors' layers
     strength: float,  # in lengths of a typical hidden state
-) -> Inside:
+) -> EditContext:
     "Make what `generate` decodes inside: each row gets the vector of its class."
     table = {name: vectors.vector(name, layer, strength) for name in vectors.classes}
     return lambda classes: added_vector(chat.model, layer, torch.stack([table[name] for name in classes]))

@@ -1,5 +1,12 @@
 """How a chat model is asked, and whether it answers as a person."""
 
-from .prompts import *
-from .ai_talk import *
-from .experiment import *
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "prompts": ["SYSTEM_PROMPTS", "build_prompt"],
+        "ai_talk": ["is_ai_talk"],
+        "comparison": ["PromptingConfig", "run_prompting"],
+    },
+)

@@ -1,0 +1,1 @@
+"""Targets, methods, grids and their scores: every way to steer on one scoreboard."""
