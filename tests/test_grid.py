@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel
 
 from llama_dialogue.attribute.head import AttributeHead
 from llama_dialogue.attribute.judge import Judge, JudgeConfig, JudgeNetwork
+from llama_dialogue.compare import report
 from llama_dialogue.compare.grid import (
     GridConfig,
     differing_share,
@@ -30,7 +31,7 @@ from llama_dialogue.compare.grid import (
 )
 from llama_dialogue.compare.scores import HUMAN, score_grid
 from llama_dialogue.core import grid
-from llama_dialogue.core.dialogues import ACTS, load_corpus, write_jsonl
+from llama_dialogue.core.dialogues import load_corpus, write_jsonl
 from llama_dialogue.core.errors import InputError, MachineError
 from llama_dialogue.core.grid import WorkItem, check_engine, item_key, part_path, read_parts, run_items
 from llama_dialogue.core.metrics import reply_nll
@@ -39,7 +40,7 @@ from llama_dialogue.core.paths import checkout_dir
 from llama_dialogue.core.records import RunRecord, load_rows, save_rows
 from llama_dialogue.core.reference_metrics import summed_reference_scores
 from llama_dialogue.core.statistics import Interval
-from llama_dialogue.compare import report
+from llama_dialogue.core.targets import ACTS
 from llama_dialogue.perturb.methods import SteeringConfig
 from llama_dialogue.prompting.prompts import build_prompt
 

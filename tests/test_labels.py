@@ -10,8 +10,9 @@ from llama_dialogue.compare.annotation import (
     sample_for_annotation,
     save_annotation,
 )
-from llama_dialogue.core.dialogues import ACTS, Turn
+from llama_dialogue.core.dialogues import Turn
 from llama_dialogue.core.errors import InputError
+from llama_dialogue.core.targets import ACTS
 
 CELLS = ["none", "pplm layers=upper", "guided"]
 CONTEXTS = {f"d{i}": (Turn(f"Shall we meet on day {i}?"),) for i in range(5)}

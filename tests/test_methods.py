@@ -10,10 +10,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llama_dialogue.attribute.features import reply_features
 from llama_dialogue.attribute.head import AttributeHead
-from llama_dialogue.core.dialogues import ACTS, Turn, balanced_sample, load_corpus, make_examples
+from llama_dialogue.core.dialogues import Turn, balanced_sample, load_corpus, make_examples
 from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.generation import GenerationConfig, Generations, best_of_n, derive_seed, generate
 from llama_dialogue.core.models import tiny_chat_model
+from llama_dialogue.core.targets import ACTS
 from llama_dialogue.perturb.cache import attention_by
 from llama_dialogue.perturb.distil import (
     Offsets,

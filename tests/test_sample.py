@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from llama_dialogue.core.dialogues import ACTS, load_corpus
+from llama_dialogue.core.dialogues import load_corpus
 from llama_dialogue.core.paths import sample_dir
+from llama_dialogue.core.targets import ACTS
 
 
 def words(text):

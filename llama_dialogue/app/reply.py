@@ -6,9 +6,10 @@
 __all__ = ['reply_to']
 
 # %% ../../nbs/app/15_reply.ipynb #ced1254a
-from ..core.dialogues import ACTS, Turn
+from ..core.dialogues import Turn
 from ..core.errors import InputError, check_choice
 from ..core.models import load_chat_model
+from ..core.targets import ACTS
 from ..perturb.estimation import load_inputs
 from ..perturb.layers import select_layers
 from ..perturb.methods import METHODS, SteeringConfig, steer

@@ -30,10 +30,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from .head import find_temperature
 from ..core.config import Config, frozen
-from ..core.dialogues import ACTS, EMOTIONS, Dialogue, Example, balanced_sample, make_examples
+from ..core.dialogues import Dialogue, Example, balanced_sample, make_examples
 from ..core.errors import InputError, check_choice
 from ..core.models import choose_device, choose_dtype, load_encoder
 from ..core.paths import atomic_folder, check_writable
+from ..core.targets import ACTS, EMOTIONS
 
 # %% ../../nbs/attribute/30_judge.ipynb #14b6035b
 TARGETS = {"act": ACTS, "emotion": EMOTIONS}

@@ -15,12 +15,13 @@ import pandas as pd
 
 from .scores import grid_contexts
 from ..core.classification import agreement
-from ..core.dialogues import ACTS, Turn
+from ..core.dialogues import Turn
 from ..core.errors import InputError
 from ..core.grid import load_manifest
 from ..core.paths import atomic_file, sha256_text
 from ..core.records import RunRecord, load_rows, save_rows, start_run
 from ..core.statistics import Interval, rate_interval
+from ..core.targets import ACTS
 
 # %% ../../nbs/compare/70_annotation.ipynb #40752e88
 def _row_id(row: pd.Series) -> str:

@@ -19,7 +19,7 @@ from ..attribute.defaults import default_judge
 from .grid import steerer_sha256
 from .scores import judge_sha256
 from ..core.config import frozen
-from ..core.dialogues import ACTS, Corpus, Example, Turn, load_corpus, select_share
+from ..core.dialogues import Corpus, Example, Turn, load_corpus, select_share
 from ..core.errors import InputError, check_choice
 from ..core.generation import derive_seed
 from ..core.metrics import distinct_interval, judged_scores, perplexity, reply_nll
@@ -27,6 +27,7 @@ from ..core.models import ChatModel, load_chat_model
 from ..core.plots import set_style
 from ..core.records import RunRecord, identity, save_rows, start_run
 from ..core.statistics import Interval, ratio_interval
+from ..core.targets import ACTS
 from ..perturb.estimation import load_inputs
 from ..perturb.layers import select_layers
 from ..perturb.methods import METHODS, SteeringConfig, steer

@@ -21,13 +21,14 @@ import torch
 
 from ..attribute.head import AttributeHead, check_head
 from ..core.config import Config, frozen
-from ..core.dialogues import ACTS, Corpus, Example, load_corpus, select_share
+from ..core.dialogues import Corpus, Example, load_corpus, select_share
 from ..core.errors import InputError, check_choice
 from ..core.generation import count_forward_equivalents, derive_seed
 from ..core.grid import GridSummary, WorkItem, check_engine, item_key, run_items
 from ..core.models import DTYPES, ChatModel, load_chat_model
 from ..core.paths import atomic_file, check_writable, sha256_text
 from ..core.records import git_commit, identity, machine, package_versions
+from ..core.targets import ACTS
 from ..perturb.estimation import load_inputs
 from ..perturb.layers import ORIGINAL_RANGES, select_layers
 from llama_dialogue.perturb.methods import (

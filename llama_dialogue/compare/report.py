@@ -24,7 +24,6 @@ from nltk.translate.nist_score import nist_length_penalty
 from sklearn.metrics import precision_recall_fscore_support
 
 from .scores import HUMAN
-from ..core.dialogues import ACTS
 from ..core.errors import InputError
 from ..core.metrics import distinct_n, entropy_n, perplexity
 from ..core.paths import atomic_file
@@ -39,6 +38,7 @@ from llama_dialogue.core.statistics import (
     rate_interval,
     ratio_interval,
 )
+from ..core.targets import ACTS
 from ..perturb.methods import METHODS
 
 # %% ../../nbs/compare/60_report.ipynb #cda94967

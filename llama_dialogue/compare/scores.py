@@ -24,7 +24,7 @@ from ..attribute.defaults import default_judge
 from ..attribute.features import encode_replies
 from ..attribute.judge import Judge
 from .grid import GridConfig, grid_examples
-from ..core.dialogues import ACTS, Example, Turn, load_corpus
+from ..core.dialogues import Example, Turn, load_corpus
 from ..core.errors import InputError
 from llama_dialogue.core.grid import (
     WorkItem,
@@ -48,6 +48,7 @@ from llama_dialogue.core.reference_metrics import (
 )
 from ..core.relevance import embed, wrong_contexts
 from ..core.statistics import Interval, rate_interval
+from ..core.targets import ACTS
 from ..perturb.methods import SteeringConfig
 from ..prompting.ai_talk import is_ai_talk
 from ..prompting.prompts import build_prompt

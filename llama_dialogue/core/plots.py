@@ -16,10 +16,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .dialogues import ACTS
 from .errors import InputError
 from .paths import atomic_file, checkout_dir
 from .statistics import Interval
+from .targets import ACTS
 
 # %% ../../nbs/core/90_plots.ipynb #4bd9cf77
 def set_style() -> None:

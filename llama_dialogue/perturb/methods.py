@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..attribute.head import AttributeHead, check_head, head_scorer
 from ..core.config import Config, frozen
-from ..core.dialogues import ACTS, Turn
+from ..core.dialogues import Turn
 from ..core.errors import InputError, check_choice
 from llama_dialogue.core.generation import (
     GenerationConfig,
@@ -25,6 +25,7 @@ from llama_dialogue.core.generation import (
     row_seeds,
 )
 from ..core.models import ChatModel
+from ..core.targets import ACTS
 from .distil import Offsets, added_offsets
 from .guided import GuidedConfig, generate_guided
 from .layers import LAYER_NAMES

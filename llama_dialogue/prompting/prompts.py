@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..core.dialogues import ACTS, Turn
+from ..core.dialogues import Turn
 from ..core.errors import InputError, check_choice
+from ..core.targets import ACTS
 
 # %% ../../nbs/prompting/10_prompts.ipynb #a1f2a005
 SYSTEM_PROMPTS = {
