@@ -70,13 +70,13 @@ def one_context_each(
 # %% ../../nbs/prompting/30_comparison.ipynb #6fc32a87
 def run_prompting(
     config: PromptingConfig,
-    out: Path | str | None = "runs",  # record and rows go to out/prompting/; None: nothing is written
+    records: Path | str | None = "runs",  # record and rows go to records/prompting/; None: nothing is written
     progress: bool = True,
 ) -> tuple[RunRecord, pd.DataFrame]:  # one row a system prompt and context
     "Reply under every system prompt, and leave a record."
     corpus = load_corpus(config.data, config.split)
     examples = one_context_each(corpus, config.n, config.max_context, config.seed)
-    with start_run("prompting", corpus.name, config, config.seed, data=corpus, folder=out) as record:
+    with start_run("prompting", corpus.name, config, config.seed, data=corpus, folder=records) as record:
         chat = load_chat_model(config.model, config.dtype)
         record.model = identity(chat)
         seeds = [derive_seed(e.id, config.seed) for e in examples]
@@ -110,9 +110,9 @@ def run_prompting(
             "words": bootstrap_interval([float(len(e.reply.text.split())) for e in examples])
         }
         rows = pd.concat(tables, ignore_index=True)
-        if out is not None:
+        if records is not None:
             record.rows = f"{record.name}.parquet"
-            save_rows(rows, Path(out) / "prompting" / record.rows)
+            save_rows(rows, Path(records) / "prompting" / record.rows)
     return record, rows
 
 
