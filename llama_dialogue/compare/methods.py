@@ -19,16 +19,6 @@ from ..core.targets import ACT, Target, get_target
 from ..prompting.prompts import SYSTEM_PROMPTS
 
 # %% ../../nbs/compare/10_methods.ipynb #cm000007
-def _gather_options(cls: type, values):
-    "Move the mappings of methods, which stand beside the fields, into `options`."
-    if not isinstance(values, dict):
-        return values
-    fields = cls.__dataclass_fields__
-    own = {key: value for key, value in values.items() if key not in fields and isinstance(value, dict)}
-    rest = {key: value for key, value in values.items() if key not in own}
-    return rest | {"options": {**rest.get("options", {}), **own}} if own else rest
-
-
 @frozen
 class SteeringConfig(Config):
     "How replies are decoded and steered."
@@ -41,9 +31,11 @@ class SteeringConfig(Config):
         check_choice("system", self.system, SYSTEM_PROMPTS)
 
     @classmethod
-    def from_dict(cls, values: dict, where: str = ""):
-        "Make a config from plain data; a mapping beside the fields holds a method's options."
-        return super().from_dict(_gather_options(cls, values), where)
+    def _arrange(cls, values: dict) -> dict:
+        "Move the mappings of methods, which stand beside the fields, into `options`."
+        own = {k: v for k, v in values.items() if k not in cls.__dataclass_fields__ and isinstance(v, dict)}
+        rest = {key: value for key, value in values.items() if key not in own}
+        return rest | {"options": rest.get("options", {}) | own} if own else rest
 
     def to_dict(self) -> dict:
         "Give the values as plain data, the options of methods beside the fields."
