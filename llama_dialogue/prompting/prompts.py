@@ -7,13 +7,16 @@ __all__ = ['SYSTEM_PROMPTS', 'ACT_INSTRUCTIONS', 'TEMPLATES', 'make_messages', '
 
 # %% ../../nbs/prompting/10_prompts.ipynb #f7cf99d5
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from ..core.dialogues import Turn
 from ..core.errors import InputError, check_choice
 from ..core.targets import ACTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/prompting/10_prompts.ipynb #a1f2a005
 SYSTEM_PROMPTS = {
@@ -113,7 +116,7 @@ _TEXT_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<
 _DATE = "26 Jul 2024"  # Llama-3.1 and later print today's date unless told one; prompts must not age
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, date_string=_DATE
     )
@@ -126,7 +129,7 @@ def _fold(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return turns
 
 
-def _check_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> None:
+def _check_turns(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> None:
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     marks = special + [mark for mark in _TEXT_MARKS if mark in tokenizer.chat_template]
     for message in messages:
@@ -138,7 +141,7 @@ def _check_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, st
 
 # %% ../../nbs/prompting/10_prompts.ipynb #0fa1289d
 def build_prompt(
-    tokenizer: PreTrainedTokenizerBase,  # of a chat model
+    tokenizer: "PreTrainedTokenizerBase",  # of a chat model
     context: Sequence[Turn | str],  # the last turn is answered; an odd number suits every template
     system: str = "speaker",  # a name in `SYSTEM_PROMPTS`
     act: str | None = None,  # also instruct the model to perform this act
@@ -165,7 +168,7 @@ def build_prompt(
 
 # %% ../../nbs/prompting/10_prompts.ipynb #f5b1beda
 def injected_system(
-    tokenizer: PreTrainedTokenizerBase,  # of a chat model
+    tokenizer: "PreTrainedTokenizerBase",  # of a chat model
 ) -> str | None:  # what its template says when it gets no system prompt, None if it says nothing
     "Find the system prompt that a chat template adds by itself."
     user, mark = {"role": "user", "content": "Hello."}, "@system@"
