@@ -534,6 +534,24 @@ def test_old_record_of_a_run_that_failed_reads(path, tmp_path):
     assert record.status == "failed" and record.scores == {} and "model" not in record.inputs
 
 
+def test_input_without_its_hash(path):
+    edit(path, inputs={"head": {"name": "head"}})
+    assert "inputs.head={'name': 'head'}: need name and sha256" in refused(path)
+
+
+@pytest.mark.parametrize("path", OLD, ids=named)
+@pytest.mark.parametrize("value", [None, 3, "x", [], [1], {}, {"x": 1}], ids=str)
+def test_old_record_with_a_damaged_value_reads_or_is_refused(path, value, tmp_path):
+    old, copy = json.loads(path.read_text()), tmp_path / "old.json"
+    for part in ("config", "metrics"):
+        for key in old[part]:
+            copy.write_text(json.dumps(old | {part: old[part] | {key: value}}))
+            try:
+                RunRecord.load(copy)
+            except InputError as error:
+                assert "\n" not in str(error) and "old.json" in str(error)
+
+
 def test_unknown_method_in_an_old_cell(tmp_path):
     old = raw("perturb/test-dailydialog")
     old["config"]["cells"][0] = {"method": "hypnosis"}

@@ -324,6 +324,18 @@ def _job(stored: dict) -> str:
 _RENAMED = {"together-act-dailydialog": "head-judge-agreement-act-dailydialog"}
 
 
+def _to_schema_2(stored: dict, job: str) -> dict:
+    "Let a job's function change its part; do the rest."
+    new = {key: value for key, value in stored.items() if key not in ("metrics", "model", "data")}
+    new |= {"schema_version": 2, "job": job, "scores": {}, "details": {}}
+    new |= {"inputs": {role: stored[role] for role in ("model", "data")}} | _JOBS[job][-1](stored)
+    new["inputs"] = {role: thing for role, thing in new["inputs"].items() if thing}
+    for place in (new, new["config"]):
+        if "name" in place:
+            place["name"] = _RENAMED.get(place["name"], place["name"])
+    return new
+
+
 def migrate(
     stored: dict,  # plain data of a record, as its file holds it
 ) -> dict:  # plain data of schema 2; of another schema than 1: the same
@@ -334,13 +346,11 @@ def migrate(
         if not isinstance(stored.get(name), kind):
             seen = f"{name}={stored[name]!r}" if name in stored else f"{name} missing"
             raise InputError(f"{seen}: need a whole record of schema 1, e.g. one in data/results")
-    stored = {"model": None, "data": None} | deepcopy(stored)
     job = _job(stored)
-    old = {key: value for key, value in stored.items() if key not in ("metrics", "model", "data")}
-    new = {"inputs": {role: stored[role] for role in ("model", "data")}, "scores": {}, "details": {}}
-    new = old | {"schema_version": 2, "job": job} | new | _JOBS[job][-1](stored)
-    new["inputs"] = {role: thing for role, thing in new["inputs"].items() if thing}
-    new["name"] = _RENAMED.get(new["name"], new["name"])
-    if "name" in new["config"]:
-        new["config"]["name"] = _RENAMED.get(new["config"]["name"], new["config"]["name"])
-    return new
+    try:
+        return _to_schema_2({"model": None, "data": None} | deepcopy(stored), job)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise InputError(
+            f"config or metrics of job {job!r} are damaged ({type(error).__name__}): need a whole record of "
+            f"schema 1, e.g. one in data/results"
+        ) from error

@@ -130,6 +130,11 @@ class RunRecord:
         for what in ("config", "inputs", "scores", "details"):
             if not isinstance(getattr(self, what), dict):
                 raise InputError(f"{what}={getattr(self, what)!r}: need a mapping, e.g. {{}}")
+        for role, thing in self.inputs.items():
+            if not isinstance(thing, dict) or set(thing) != {"name", "sha256"}:
+                raise InputError(
+                    f"inputs.{role}={thing!r}: need name and sha256, e.g. {{name: sample, sha256: 0f3a}}"
+                )
 
 # %% ../../nbs/core/80_records.ipynb #r0800010
 def identity(
