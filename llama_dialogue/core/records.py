@@ -96,7 +96,7 @@ _STATUS = ("done", "failed", "interrupted")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class RunRecord:
     "Hold what one run left behind."
 
