@@ -8,7 +8,7 @@ import pytest
 
 from llama_dialogue.core import models
 from llama_dialogue.core.errors import InputError, MachineError
-from llama_dialogue.core.paths import sha256_file
+from llama_dialogue.core.paths import cache_dir, sha256_file
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_killed_conversion_leaves_nothing(tiny_package, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(models, "sha256_file", killed)  # after the files are written, before the manifest is
         models.fetch("tiny")
-    left = [p for p in (models.cache_dir() / "models").iterdir() if not p.name.endswith(".lock")]
+    left = [p for p in (cache_dir() / "models").iterdir() if not p.name.endswith(".lock")]
     assert left == []
     assert (models.fetch("tiny") / "manifest.json").exists()
 

@@ -306,14 +306,14 @@ def read_hub(
             f"{seen}: need a data set, e.g. read_hub('li2017dailydialog/daily_dialog')"
         ) from None
     skips, dialogues = _Skips(Path(name), strict), []
-    for part in SPLITS if split is None else (split,):
-        table = loaded.get(part, [])
+    for own in SPLITS if split is None else (split,):
+        table = loaded.get(own, [])
         if len(table) and not {"dialog", "act", "emotion"} <= set(table.column_names):
             raise InputError(f"{name}: columns {table.column_names}: need dialog, act, emotion")
         for number, row in enumerate(table, 1):
             texts = [detokenize(text) for text in row["dialog"]]
-            files = [Path(name) / part / column for column in ("dialog", "act", "emotion")]
-            if dialogue := _label(texts, [row["act"], row["emotion"]], part, files, number, skips):
+            files = [Path(name) / own / column for column in ("dialog", "act", "emotion")]
+            if dialogue := _label(texts, [row["act"], row["emotion"]], own, files, number, skips):
                 dialogues.append(dialogue)
     return skips.corpus(Path(name).name, dialogues)
 
@@ -333,17 +333,17 @@ def split_of(
 def share_of(
     dialogue_id: str,  # 16 hex digits
 ) -> str:  # "head", "judge" or "steer", a third each
-    "Tell which of the three disjoint parts a dialogue belongs to."
-    return SHARES[int(3 * _uniform(dialogue_id, "part"))]
+    "Tell which of the three disjoint shares a dialogue belongs to."
+    return SHARES[int(3 * _uniform(dialogue_id, "part"))]  # another word would deal anew: records rest on it
 
 
 def select_share(
     dialogues: Iterable[Dialogue],  # a list, a `Corpus`, ...
-    part: str,  # one of `SHARES`
+    share: str,  # one of `SHARES`
 ) -> list[Dialogue]:  # about a third of them, in their order
     "Keep the dialogues that the head, the judge or the steering may see."
-    check_choice("part", part, SHARES)
-    return [dialogue for dialogue in dialogues if share_of(dialogue.id) == part]
+    check_choice("share", share, SHARES)
+    return [dialogue for dialogue in dialogues if share_of(dialogue.id) == share]
 
 # %% ../../nbs/core/40_dialogues.ipynb #9c855f4c
 def load_corpus(

@@ -27,9 +27,10 @@ class Plugin:
         "Import the object."
         try:
             return self.entry.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # somebody else's module may raise anything
+            seen = f"{type(error).__name__}: {error}"
             raise InputError(
-                f"{self.kind} {self.name!r} of package {self.package}: cannot be imported ({error}): "
+                f"{self.kind} {self.name!r} of package {self.package}: cannot be imported ({seen}): "
                 f"need {self.place}, e.g. pip install --upgrade {self.package}"
             ) from error
 
