@@ -19,7 +19,13 @@ import pandas as pd
 
 from .cells import Cell, GridConfig, expand_cells
 from .inputs import load_inputs, needed_inputs
-from .methods import SteeringConfig, SteeringInputs, all_needs, check_inputs, get_method, steer
+from llama_dialogue.compare.methods import (
+    SteeringInputs,
+    all_needs,
+    check_inputs,
+    get_method,
+    steer,
+)
 from ..core.contexts import draw_contexts
 from ..core.dialogues import Example, load_corpus
 from ..core.errors import InputError
@@ -82,14 +88,25 @@ class SteerShard:
 
     def __call__(self, item: WorkItem) -> pd.DataFrame:
         "Give a row a context and class."
-        cell, loaded, rows = self.cells[item.cell["label"]], self.loaded[item.cell["label"]], self.shards[item.shard]
+        cell, loaded, rows = (
+            self.cells[item.cell["label"]],
+            self.loaded[item.cell["label"]],
+            self.shards[item.shard],
+        )
         chat, ids = loaded.model(), [example.dialogue_id for example, _ in rows]
         contexts, classes = [example.context for example, _ in rows], [name for _, name in rows]
         seeds = [derive_seed(dialogue, name, item.seed) for dialogue, name in zip(ids, classes, strict=True)]
         started = time.perf_counter()
         with count_forward_equivalents(chat.model) as count:
             out = steer(
-                cell.method, chat, contexts, classes, loaded.inputs, cell.steering, seeds=seeds, target=self.target
+                cell.method,
+                chat,
+                contexts,
+                classes,
+                loaded.inputs,
+                cell.steering,
+                seeds=seeds,
+                target=self.target,
             )
         seconds = time.perf_counter() - started
         return pd.DataFrame(
@@ -128,7 +145,9 @@ def _load_cells(
     for cell in cells:
         key = json.dumps([cell.model, cell.adapter, cell.inputs], sort_keys=True)
         if key not in loaded:
-            own = [c for c in cells if (c.model, c.adapter, c.inputs) == (cell.model, cell.adapter, cell.inputs)]
+            own = [
+                c for c in cells if (c.model, c.adapter, c.inputs) == (cell.model, cell.adapter, cell.inputs)
+            ]
             methods = [(get_method(c.method), c.steering.options) for c in own]
             needs = {} if inputs else needed_inputs(methods, cell.inputs)
             model = chat or load_chat_model(cell.model, config.dtype, adapter=cell.adapter)
@@ -175,7 +194,8 @@ def plan_grid(
     loaded = _load_cells(config, cells, target, chat, inputs, keep_chat, progress)
     size = config.shard_size
     shards = tuple(
-        tuple(grid_rows(examples[i : i + size], target, config.towards)) for i in range(0, len(examples), size)
+        tuple(grid_rows(examples[i : i + size], target, config.towards))
+        for i in range(0, len(examples), size)
     )
     items = []
     for seed, (number, rows) in itertools.product(config.seeds, enumerate(shards)):

@@ -234,9 +234,9 @@ def load_chat_model(
     adapter: str | None = None,  # folder of a PEFT adapter, merged into the weights
 ) -> ChatModel:  # in evaluation mode, no gradients to its parameters
     "Load a chat model by name."
-    place, name = _locate(name, "chat")
     if adapter is not None:
         return _with_adapter(load_chat_model(name, dtype, device, revision, quantization), adapter)
+    place, name = _locate(name, "chat")
     on = choose_device(device)
     options = {"dtype": choose_dtype(dtype, on)}
     if quantization is not None:
@@ -271,7 +271,9 @@ def _with_adapter(chat: ChatModel, folder: str) -> ChatModel:
         merged = PeftModel.from_pretrained(chat.model, folder).merge_and_unload()
     except (RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"adapter={folder!r} on {chat.name}: does not fit ({reason}): need its own base") from error
+        raise InputError(
+            f"adapter={folder!r} on {chat.name}: does not fit ({reason}): need its own base"
+        ) from error
     sha256 = sha256_text(chat.sha256 + sha256_file(weights) + sha256_file(config))
     name = f"{chat.name}+{Path(folder).name}"
     return ChatModel(merged.eval().requires_grad_(False), chat.tokenizer, name, sha256)
