@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "generation_config": ["GenerationConfig"],
         "generation": ["Generations", "best_of_n", "generate", "stream"],
         "statistics": ["Interval"],
-        "records": ["RunRecord", "load_rows", "records_table"],
+        "records": ["RunRecord", "load_rows"],
+        "rendered": ["records_table"],
     },
 )

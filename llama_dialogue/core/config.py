@@ -125,34 +125,37 @@ def _seen(values, place: tuple):
     return values
 
 # %% ../../nbs/core/30_config.ipynb #c0f10008
-def _unknown_key(cls: type, place: tuple) -> str:
+def _unknown_key(cls: type, place: tuple, before: str) -> str:
     "Say that a key does not exist, and which one resembles it."
     path, kind = _walk(cls, place[:-1])
     inside = next(option for option in _options(kind) if dataclasses.is_dataclass(option))
     known = [f.name for f in dataclasses.fields(inside)]
-    before = f"{path}." if path else ""
-    return (
-        f"unknown key {before + str(place[-1])!r}: need one of {', '.join(known)}, "
-        f"e.g. {before + nearest(str(place[-1]), known)!r}"
-    )
+    before += f"{path}." if path else ""
+    seen = f"unknown key {before + str(place[-1])!r}"
+    if not known:
+        return f"{seen}: there are none, e.g. {before.rstrip('.')}: {{}}"
+    return f"{seen}: need one of {', '.join(known)}, e.g. {before + nearest(str(place[-1]), known)!r}"
 
 
-def _as_input_error(cls: type, error: ValidationError, values) -> InputError:
+def _as_input_error(cls: type, error: ValidationError, values, where: str = "") -> InputError:
     "Turn pydantic's report into one line."
+    before = f"{where}." if where else ""
     faults = error.errors(include_url=False)
     fault = next((f for f in faults if f["type"] == "unexpected_keyword_argument"), faults[0])
     place, own = fault["loc"], fault.get("ctx", {}).get("error")
     if fault["type"] == "unexpected_keyword_argument":
-        return InputError(_unknown_key(cls, place))
+        return InputError(_unknown_key(cls, place, before))
     path, kind = _walk(cls, place)
     if fault["type"] == "missing":
-        return InputError(f"{cls.__name__}: {path} missing: need a value, e.g. {path}: {_example(kind)}")
+        return InputError(
+            f"{cls.__name__}: {before}{path} missing: need a value, e.g. {path}: {_example(kind)}"
+        )
     if isinstance(own, InputError):
-        return InputError(f"{path}.{own}" if path else str(own))
+        return InputError(f"{before}{path}.{own}" if path else f"{before}{own}")
     if not path:
-        return InputError(f"{cls.__name__}: got {values!r}: need `key: value` lines, e.g. seed: 0")
-    example = f"{path}={_example(kind)}"
-    return InputError(f"{path}={_seen(values, place)!r}: need {_in_words(kind)}, e.g. {example}")
+        return InputError(f"{where or cls.__name__}: got {values!r}: need `key: value` lines, e.g. seed: 0")
+    path, seen = before + path, _seen(values, place)
+    return InputError(f"{path}={seen!r}: need {_in_words(kind)}, e.g. {path}={_example(kind)}")
 
 # %% ../../nbs/core/30_config.ipynb #c0f10010
 class _Checked(type):
@@ -187,18 +190,26 @@ class Config(metaclass=_Checked):
         cls,
         values: dict,  # field name -> value; missing fields keep their defaults, at every depth
         assignments: typing.Sequence[str] = (),  # laid over the values, as `--set a.b=value` writes them
+        where: str = "",  # path of the values in a larger config, for messages, e.g. "pplm"
     ):
         "Make a config from plain data; an unknown key is an error that names the nearest one."
         if not isinstance(values, dict):
-            raise InputError(f"{cls.__name__}: got {values!r}: need `key: value` lines, e.g. seed: 0")
+            raise InputError(
+                f"{where or cls.__name__}: got {values!r}: need `key: value` lines, e.g. seed: 0"
+            )
         values = {key: copy.deepcopy(value) for key, value in values.items()}
         for assignment in assignments:
             _assign(values, assignment)
-        values = {key: _over(_default(cls, key), value) for key, value in values.items()}
+        values = {key: _over(_default(cls, key), value) for key, value in cls._arrange(values).items()}
         try:
             return _adapter(cls).validate_json(json.dumps(values, default=_refuse), strict=True)
         except ValidationError as error:
-            raise _as_input_error(cls, error, values) from None
+            raise _as_input_error(cls, error, values, where) from None
+
+    @classmethod
+    def _arrange(cls, values: dict) -> dict:
+        "Rearrange plain data before it is checked; as it is, unless a class overrides this."
+        return values
 
     @classmethod
     def from_yaml(

@@ -1,4 +1,4 @@
-"""Perturb the KV cache by layer range, and compare with other ways to steer."""
+"""Perturb the KV cache by layer range, and steer by vectors, offsets and a guiding head."""
 
 import lazy_loader as lazy
 
@@ -8,6 +8,5 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "pplm_config": ["PPLMConfig"],
         "pplm": ["generate_pplm"],
         "vectors": ["SteeringVectors", "steering_vectors"],
-        "methods": ["SteeringConfig", "SteeringInputs", "steer"],
     },
 )

@@ -98,33 +98,33 @@ Attribute = AttributeHead | BagOfWords | Sequence[Weighted]
 def as_attributes(
     attribute: Attribute,
     labels: Sequence[int] | Sequence[Sequence[int]],  # of each row: a class id, or one for each part
-) -> tuple[list[Weighted], list[tuple[int, ...]]]:  # P parts; each row's P labels
+) -> tuple[list[Weighted], list[tuple[int, ...]]]:  # P attributes; each row's P labels
     "Bring one attribute and its labels into the form of several."
     if not isinstance(attribute, list | tuple):
         return [Weighted(attribute)], [(label,) for label in labels]
-    parts = [part if isinstance(part, Weighted) else Weighted(part) for part in attribute]
-    if not parts:
+    attributes = [one if isinstance(one, Weighted) else Weighted(one) for one in attribute]
+    if not attributes:
         raise InputError("no attribute to steer to: need one or more, e.g. [Weighted(head), Weighted(bags)]")
     for label in labels:
-        if not isinstance(label, list | tuple) or len(label) != len(parts):
+        if not isinstance(label, list | tuple) or len(label) != len(attributes):
             raise InputError(
-                f"label {label!r} for {len(parts)} attributes: need one class id for each, e.g. {(0,) * len(parts)}"
+                f"label {label!r} for {len(attributes)} attributes: need one class id for each, e.g. {(0,) * len(attributes)}"
             )
-    return parts, [tuple(label) for label in labels]
+    return attributes, [tuple(label) for label in labels]
 
 # %% ../../nbs/perturb/16_attributes.ipynb #7b5acf94
 def check_attributes(
     model: PreTrainedModel,
-    parts: Sequence[Weighted],  # P
+    attributes: Sequence[Weighted],  # P
     labels: Sequence[tuple[int, ...]],  # of each row, P class ids
 ) -> None:
     "Refuse attributes that do not fit the model, and labels that are no class."
-    for part, column in zip(parts, zip(*labels, strict=True), strict=True):
-        if isinstance(part.attribute, BagOfWords):
-            _check_bags(model, part.attribute)
+    for one, column in zip(attributes, zip(*labels, strict=True), strict=True):
+        if isinstance(one.attribute, BagOfWords):
+            _check_bags(model, one.attribute)
         else:
-            _check_head(model, part.attribute)
-        classes = part.attribute.classes
+            _check_head(model, one.attribute)
+        classes = one.attribute.classes
         for label in column:
             if label not in range(len(classes)):
                 known = ", ".join(f"{i} ({name})" for i, name in enumerate(classes))

@@ -29,7 +29,8 @@ from llama_dialogue.core.generation import (
 )
 from .attributes import Attribute, BagOfWords, as_attributes
 from .cache import GrowingCache, attention_by, frozen, run_layers
-from .pplm_config import PPLMConfig, check_request, position_mask
+from .pplm_config import PPLMConfig
+from .pplm_request import check_request, position_mask
 
 # %% ../../nbs/perturb/20_pplm.ipynb #5c957d49
 def expected_embedding(
@@ -60,13 +61,13 @@ class _Steering:
     def __init__(self, model, tokenizer, prompts, labels, attribute, config, seeds):
         self.model, self.config, device = model, config, model.device
         ids, mask = (t.to(device) for t in encode_prompts(tokenizer, prompts))
-        parts, labels = as_attributes(attribute, labels)
-        self.layers = check_request(model, mask.sum(-1).tolist(), parts, labels, config)
+        attributes, labels = as_attributes(attribute, labels)
+        self.layers = check_request(model, mask.sum(-1).tolist(), attributes, labels, config)
         self.every = range(model.config.num_hidden_layers)
         self.upper = range(self.layers.start, len(self.every))
         self.dtype = torch.promote_types(model.dtype, torch.float32)
-        self.weights = torch.tensor([part.weight for part in parts], device=device, dtype=self.dtype)
-        self.attributes = [self._prepared(part.attribute) for part in parts]
+        self.weights = torch.tensor([one.weight for one in attributes], device=device, dtype=self.dtype)
+        self.attributes = [self._prepared(one.attribute) for one in attributes]
         heads = [a for a in self.attributes if not isinstance(a, BagOfWords)]
         self.horizon = config.horizon_length if heads else 0
         self.rows, self.step = list(range(len(prompts))), 0

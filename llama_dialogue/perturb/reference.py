@@ -114,7 +114,7 @@ def reference_pplm(
     uniforms = row_uniforms([seed], config.max_new_tokens).to(model.device)
     stops = stop_token_ids(model, tokenizer)
     table = model.get_input_embeddings()
-    parts, [labels] = as_attributes(head, [label])
+    attributes, [labels] = as_attributes(head, [label])
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     prompt_length, losses, deltas = len(ids), [], []
     with frozen(model), attention_by(model, "wide"):
@@ -147,8 +147,8 @@ def reference_pplm(
                 features = [*past_hidden, hidden.detach().to(wide), *ahead]
                 feature = torch.stack(features).mean(0)
                 loss = config.kl_scale * kl
-                for part, wanted in zip(parts, labels, strict=True):
-                    loss = loss - part.weight * _log_target(part.attribute, wanted, feature, log_p)
+                for one, wanted in zip(attributes, labels, strict=True):
+                    loss = loss - one.weight * _log_target(one.attribute, wanted, feature, log_p)
                 token_losses.append(loss.item())
                 if delta:
                     gradients = torch.autograd.grad(loss, delta)
