@@ -7,14 +7,15 @@ __all__ = ['ContextBaseline', 'context_baseline_job']
 
 # %% ../../nbs/attribute/85_context_baseline.ipynb #c0b40004
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from .judge import target_classes, target_labels
-from .training import ExampleConfig, example_sets, set_sizes
+from .training import ExampleConfig, ExampleSets, example_sets, set_sizes
 from ..core.classification import TfidfBaseline, majority_baseline, score_predictions
 from ..core.config import frozen
 from ..core.dialogues import SPLITS, Example
@@ -41,18 +42,27 @@ def _context_text(
 # %% ../../nbs/attribute/85_context_baseline.ipynb #c0b4000a
 def _transitions(
     previous: Sequence[str | None],  # [N] labels of the last context turns, in training
-    following: Int[np.ndarray, "N"],  # classes of the replies to them
-    asked: Sequence[str | None],  # [M] labels of the last context turns, in the test
-    num_classes: int,  # C
-) -> Float[np.ndarray, "M C"]:  # log-probabilities
+    following: Sequence[str],  # [N] labels of the replies to them
+) -> dict[str, dict[str, int]]:  # label -> label of the reply -> count
+    "Count which label follows which."
+    pairs = Counter((p, f) for p, f in zip(previous, following, strict=True) if p is not None)
+    return {p: {f: pairs[p, f] for f in sorted({f for _, f in pairs})} for p in sorted({p for p, _ in pairs})}
+
+
+def _predict_next(
+    counts: dict[str, dict[str, int]],  # of `_transitions`
+    previous: Sequence[str | None],  # [N] labels of the last context turns, in the test
+    classes: Sequence[str],  # C names
+) -> Float[np.ndarray, "N C"]:  # log-probabilities
     "Predict the class of a reply from the label before it."
-    overall = (np.bincount(following, minlength=num_classes) + 1) / (len(following) + num_classes)
-    rows = {None: np.full(num_classes, 1 / num_classes)}
-    for label in set(previous) - {None}:
-        follows = following[[p == label for p in previous]]
-        shares = np.bincount(follows, minlength=num_classes) + overall
-        rows[label] = shares / overall / (shares / overall).sum()
-    return np.log([rows.get(label, rows[None]) for label in asked])
+    totals = {c: 1 + sum(row.get(c, 0) for row in counts.values()) for c in classes}
+    overall = np.array([totals[c] for c in classes]) / sum(totals.values())
+    rows = {}
+    for label, row in counts.items():
+        ratio = (np.array([row.get(c, 0) for c in classes]) + overall) / overall
+        rows[label] = ratio / ratio.sum()
+    unknown = np.full(len(classes), 1 / len(classes))
+    return np.log([rows.get(label, unknown) for label in previous])
 
 # %% ../../nbs/attribute/85_context_baseline.ipynb #c0b4000d
 @frozen
@@ -71,7 +81,7 @@ class ContextBaseline(ExampleConfig):
 def context_baseline_job(
     config: ContextBaseline,
     records: Path | str | None = None,  # the record goes to records/attribute/<name>.json; None: not written
-) -> RunRecord:  # metrics.majority, last_label, words_1, ..., words_1_and_label: scores of each
+) -> RunRecord:  # metrics.majority, last_label, words_1, ..., words_1_and_label: scores; transitions: counts
     "Predict the replies' classes from their contexts alone."
     sets = example_sets(config)
     with start_run("attribute", config.name, config, config.seed, data=sets.corpus, folder=records) as record:
@@ -82,16 +92,23 @@ def context_baseline_job(
         record.metrics |= {
             name: score_predictions(guess, labels, classes, ids) for name, guess in guesses.items()
         }
-        record.metrics |= set_sizes(sets)
+        record.metrics |= set_sizes(sets) | {"transitions": _label_pairs(sets, config.target)}
     return record
 
 
-def _context_guesses(sets, config: ContextBaseline) -> dict[str, Float[np.ndarray, "N C"]]:
+def _label_pairs(sets: ExampleSets, target: str) -> dict[str, dict[str, int]]:
+    "Count which label follows which in the training examples."
+    turns = ((e.context[-1], e.reply) for e in sets.train)
+    return _transitions(*zip(*((getattr(a, target), getattr(b, target)) for a, b in turns), strict=True))
+
+
+def _context_guesses(sets: ExampleSets, config: ContextBaseline) -> dict[str, Float[np.ndarray, "N C"]]:
     "Fit every baseline; give its log-probabilities on the test."
     examples = {name: getattr(sets, name) for name in SPLITS}
     labels = {name: target_labels(examples[name], config.target).numpy() for name in SPLITS}
     last = {name: [getattr(e.context[-1], config.target) for e in examples[name]] for name in SPLITS}
-    num_classes = len(target_classes(config.target))
+    classes = target_classes(config.target)
+    num_classes = len(classes)
 
     def words(turns: int, with_label: bool = False):
         texts = {
@@ -107,7 +124,7 @@ def _context_guesses(sets, config: ContextBaseline) -> dict[str, Float[np.ndarra
 
     return {
         "majority": majority_baseline(labels["train"], len(labels["test"]), num_classes),
-        "last_label": _transitions(last["train"], labels["train"], last["test"], num_classes),
+        "last_label": _predict_next(_label_pairs(sets, config.target), last["test"], classes),
         **{f"words_{turns}": words(turns) for turns in config.turns},
         f"words_{config.turns[0]}_and_label": words(config.turns[0], with_label=True),
     }
