@@ -27,19 +27,25 @@ def run(arguments, capsys):
 
 
 BAD = {
-    "model": (["demo", "--model", "smollm"], "smollm2-135m"),
-    "encoder as chat model": (["demo", "--model", "minilm-bert"], "kind encoder"),
+    "model": (["demo", "--model", "smollm", "--check"], "smollm2-135m"),
+    "encoder as chat model": (["demo", "--model", "minilm-bert", "--check"], "kind encoder"),
     "data": (["demo", "--data", "no/such/folder"], "need a folder"),
     "n": (["demo", "--n", "0"], "need at least 1"),
-    "n too large": (["demo", "--n", "100000"], "need at most that"),
+    "n too large": (["demo", "--n", "100000"], "need at most"),
     "n no number": (["demo", "--n", "many"], "--n"),
-    "key": (["demo", "--set", "step_sise=0.1"], "'step_size'"),
-    "value": (["demo", "--set", "step_size=big"], "need a number"),
-    "no equals sign": (["demo", "--set", "step_size"], "need key=value"),
-    "layer name": (["demo", "--set", "layers=uper"], "'upper'"),
-    "layer range": (["demo", "--set", "layers=[5, 3]"], "0 <= start < stop <= 30"),
-    "layer outside": (["demo", "--set", "layers=[20, 31]"], "0 <= start < stop <= 30"),
-    "method": (["demo", "--set", "methods=[pplms]"], "'pplm'"),
+    "key": (["demo", "--set", "contexts.split_=test"], "'contexts.split'"),
+    "key of a method": (["demo", "--set", "pplm.stepsize=0.1", "--check"], "'pplm.step_size'"),
+    "value": (["demo", "--set", "pplm.step_size=big", "--check"], "need a number"),
+    "truth as a number": (["demo", "--set", "contexts.n=true"], "need a whole number"),
+    "value in a list": (["prompting", "run", "--set", "systems=[none, 3]"], "systems[1]=3: need text"),
+    "no equals sign": (["demo", "--set", "seeds"], "need key=value"),
+    "no parts": (["demo", "--set", "model.name=x"], "need text"),
+    "layer name": (["demo", "--set", "pplm.layers=uper", "--check"], "'upper'"),
+    "layer range": (["demo", "--set", "pplm.layers=[5, 3]", "--check"], "start < stop"),
+    "method": (["demo", "--set", "cells=[{method: pplms}]", "--check"], "'pplm'"),
+    "target": (["demo", "--set", "target=mood"], "'emotion'"),
+    "reserve": (["prompting", "run", "--set", "contexts.reserve=controll"], "'control'"),
+    "--out of a record": (["run", "FILE", "--out", "x"], "leaves a record alone"),
     "act": (["reply", "--context", "Hi!", "--act", "qestion", "--method", "pplm"], "'question'"),
     "act with none": (["reply", "--context", "Hi!", "--act", "question"], "--method best_of_n"),
     "method without act": (["reply", "--context", "Hi!", "--method", "pplm"], "--act question"),
@@ -58,13 +64,18 @@ BAD = {
 def test_bad_input_is_one_line(case, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, expected = BAD[case]
+    Path("run.yaml").write_text("job: prompting")
+    arguments = ["run.yaml" if word == "FILE" else word for word in arguments]
     code, out, err = run(arguments, capsys)
     assert code == 2 and expected in err
     assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.yaml"]
 
 
-@pytest.mark.parametrize("text", ["n: [1", "n: 3\n  seed: 1", "- 1\n- 2", "m: 3", "n: three"])
+@pytest.mark.parametrize(
+    "text",
+    ["contexts: [1", "contexts: 3\n  seed: 1", "- 1\n- 2", "m: 3", "contexts: {n: three}", "contexts: 3"],
+)
 def test_malformed_yaml(text, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo.yaml").write_text(text)
@@ -135,12 +146,9 @@ def test_old_names_still_work_and_are_not_listed(capsys):
         code, out, _ = run([*path, "--help"], capsys)
         assert code == 0 and f"{path[0]} {today}" in out
         assert path[1] not in run([path[0], "--help"], capsys)[1]
-    code, out, _ = run(["demo", "--out", "elsewhere", "--check"], capsys)
-    assert (
-        code == 0
-        and "elsewhere/demo/sample.json" in out
-        and "--out" not in run(["demo", "--help"], capsys)[1]
-    )
+    code, out, _ = run(["prompting", "run", "--out", "elsewhere", "--check"], capsys)
+    assert code == 0 and "elsewhere/prompting/sample.json" in out
+    assert "--out" not in run(["prompting", "run", "--help"], capsys)[1]
 
 
 def test_without_a_command_help_is_shown(capsys):
@@ -164,7 +172,16 @@ print({{"torch", "transformers", "pandas", "seaborn", "sklearn", *{unwanted}}} &
     "commands, unwanted",
     [
         ([["--help"], ["models"], ["methods"], ["targets"], ["jobs"]], ["pydantic", "yaml"]),
-        ([["run", "configs/prompting/dailydialog.yaml", "--check"]], []),
+        (
+            [
+                ["run", "configs/prompting/dailydialog.yaml", "--set", "contexts.data=sample", "--check"],
+                ["run", "configs/perturb/original-grid.yaml", "--set", "contexts.data=sample", "--check"],
+                ["attribute", "train", "--kind", "judge", "--check"],
+                ["perturb", "offsets", "--check"],
+                ["demo", "--check"],
+            ],
+            [],
+        ),
     ],
 )
 def test_a_listing_or_a_check_loads_nothing_heavy(commands, unwanted):
@@ -275,7 +292,7 @@ def test_a_job_is_run_by_its_file(toy_package, capsys):
         ("n: 3", "no `job:` there: need one of"),
         ("job: promting", "'prompting'"),
         ("job: prompting\nm: 3", "'model'"),
-        ("job: prompting\ndata: nowhere", "data=nowhere: missing"),
+        ("job: prompting\ncontexts: {data: nowhere}", "contexts.data=nowhere: missing"),
         ("job: prompting\nmodel: smolm2", "smollm2-135m"),
     ],
 )
@@ -296,8 +313,6 @@ def test_a_file_of_another_job_is_refused(capsys, tmp_path):
     "file", sorted(Path(__file__).parents[1].glob("configs/*/*.yaml")), ids=lambda f: f.stem
 )
 def test_every_config_names_its_job(file, capsys):
-    if "labels" in file.name:
-        return
     code, out, err = run(["run", str(file), "--check"], capsys)
     assert out.startswith("job ") and (code == 0 or "missing" in err), err
 
