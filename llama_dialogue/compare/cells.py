@@ -11,7 +11,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .methods import Method, SteeringConfig, get_method, resolve_name, resolve_options, short
+from llama_dialogue.compare.methods import (
+    Method,
+    SteeringConfig,
+    get_method,
+    resolve_name,
+    resolve_options,
+    short,
+)
 from ..core.config import frozen
 from ..core.contexts import ContextConfig
 from ..core.errors import InputError, check_choice, nearest
@@ -128,7 +135,9 @@ def _label(told: dict, methods: list[Method]) -> str:
 def _cell(config: GridConfig, told: dict) -> Cell:
     "Resolve one choice of a group."
     if "method" not in told:
-        raise InputError(f"cells: {told} has no method: need one, e.g. {{method: pplm, pplm: {{layers: upper}}}}")
+        raise InputError(
+            f"cells: {told} has no method: need one, e.g. {{method: pplm, pplm: {{layers: upper}}}}"
+        )
     name, implied = resolve_name(told["method"])
     told = told | {key: value | told.get(key, {}) for key, value in implied.items()}
     options = {
@@ -168,5 +177,7 @@ def expand_cells(
             cells.setdefault(key, cell)
     labels = [cell.label for cell in cells.values()]
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise InputError(f"cells: two are called {twice[0]!r}: need values that differ in what is shown of them")
+        raise InputError(
+            f"cells: two are called {twice[0]!r}: need values that differ in what is shown of them"
+        )
     return list(cells.values())
