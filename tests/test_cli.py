@@ -164,7 +164,7 @@ print({{"torch", "transformers", "pandas", "seaborn", "sklearn", *{unwanted}}} &
     "commands, unwanted",
     [
         ([["--help"], ["models"], ["methods"], ["targets"], ["jobs"]], ["pydantic", "yaml"]),
-        ([["run", "configs/prompting/dailydialog.yaml", "--set", "data=sample", "--check"]], []),
+        ([["run", "configs/prompting/dailydialog.yaml", "--check"]], []),
     ],
 )
 def test_a_listing_or_a_check_loads_nothing_heavy(commands, unwanted):
@@ -184,7 +184,7 @@ def test_the_shell_finds_the_command():
 
 
 def test_reply_as_json(capsys):
-    tiny = ["--model", "tiny-llama-random", "--set", "max_new_tokens=3", "--seed", "4"]
+    tiny = ["--model", "tiny-llama-random", "--set", "decoding.max_new_tokens=3", "--seed", "4"]
     code, out, err = run(["reply", "--context", "Hi!", "--json", *tiny], capsys)
     answer = json.loads(out)
     assert code == 0 and answer["seed"] == 4 and answer["method"] == "none", err
