@@ -169,6 +169,17 @@ ANNOTATION = Job(
     outputs=lambda config, out, records: [records / "perturb" / f"labels-{config.name}.json"],
 )
 
+# %% ../../nbs/compare/90_commands.ipynb #c9000022
+READER_CHECK = Job(
+    "reader-check",
+    study="perturb",
+    config=f"{_MODULE}.reader_check:ReaderCheckConfig",
+    run=f"{_MODULE}.reader_check:run_reader_check",
+    inputs=lambda config: [(name, getattr(config, name)) for name in ("record", "head", "judge", "data")],
+    work=lambda config: f"two predictions for every reply of {config.record}",
+    show=lambda record: [{"replies": k, "agreement": str(v["agreement"])} for k, v in record.scores.items()],
+)
+
 # %% ../../nbs/compare/90_commands.ipynb #c9000018
 def _run_demo(config, out, records, progress, figures=None):
     "Run the demo and draw its figure."
