@@ -1,15 +1,18 @@
 """Wrong input: one line that says what was seen, the rule and an example; exit code 2; nothing half-written."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 
+from llama_dialogue.app import commands as app_commands
 from llama_dialogue.app.cli import cli, main
+from llama_dialogue.core.plugins import list_plugins
 
 
 def run(arguments, capsys):
@@ -24,19 +27,25 @@ def run(arguments, capsys):
 
 
 BAD = {
-    "model": (["demo", "--model", "smollm"], "smollm2-135m"),
-    "encoder as chat model": (["demo", "--model", "minilm-bert"], "kind encoder"),
+    "model": (["demo", "--model", "smollm", "--check"], "smollm2-135m"),
+    "encoder as chat model": (["demo", "--model", "minilm-bert", "--check"], "kind encoder"),
     "data": (["demo", "--data", "no/such/folder"], "need a folder"),
     "n": (["demo", "--n", "0"], "need at least 1"),
-    "n too large": (["demo", "--n", "100000"], "need at most that"),
+    "n too large": (["demo", "--n", "100000"], "need at most"),
     "n no number": (["demo", "--n", "many"], "--n"),
-    "key": (["demo", "--set", "step_sise=0.1"], "'step_size'"),
-    "value": (["demo", "--set", "step_size=big"], "need float"),
-    "no equals sign": (["demo", "--set", "step_size"], "need key=value"),
-    "layer name": (["demo", "--set", "layers=uper"], "'upper'"),
-    "layer range": (["demo", "--set", "layers=[5, 3]"], "0 <= start < stop <= 30"),
-    "layer outside": (["demo", "--set", "layers=[20, 31]"], "0 <= start < stop <= 30"),
-    "method": (["demo", "--set", "methods=[pplms]"], "'pplm'"),
+    "key": (["demo", "--set", "contexts.split_=test"], "'contexts.split'"),
+    "key of a method": (["demo", "--set", "pplm.stepsize=0.1", "--check"], "'pplm.step_size'"),
+    "value": (["demo", "--set", "pplm.step_size=big", "--check"], "need a number"),
+    "truth as a number": (["demo", "--set", "contexts.n=true"], "need a whole number"),
+    "value in a list": (["prompting", "run", "--set", "systems=[none, 3]"], "systems[1]=3: need text"),
+    "no equals sign": (["demo", "--set", "seeds"], "need key=value"),
+    "no parts": (["demo", "--set", "model.name=x"], "need text"),
+    "layer name": (["demo", "--set", "pplm.layers=uper", "--check"], "'upper'"),
+    "layer range": (["demo", "--set", "pplm.layers=[5, 3]", "--check"], "start < stop"),
+    "method": (["demo", "--set", "cells=[{method: pplms}]", "--check"], "'pplm'"),
+    "target": (["demo", "--set", "target=mood"], "'emotion'"),
+    "reserve": (["prompting", "run", "--set", "contexts.reserve=controll"], "'control'"),
+    "--out of a record": (["run", "FILE", "--out", "x"], "leaves a record alone"),
     "act": (["reply", "--context", "Hi!", "--act", "qestion", "--method", "pplm"], "'question'"),
     "act with none": (["reply", "--context", "Hi!", "--act", "question"], "--method best_of_n"),
     "method without act": (["reply", "--context", "Hi!", "--method", "pplm"], "--act question"),
@@ -55,13 +64,18 @@ BAD = {
 def test_bad_input_is_one_line(case, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, expected = BAD[case]
+    Path("run.yaml").write_text("job: prompting")
+    arguments = ["run.yaml" if word == "FILE" else word for word in arguments]
     code, out, err = run(arguments, capsys)
     assert code == 2 and expected in err
     assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.yaml"]
 
 
-@pytest.mark.parametrize("text", ["n: [1", "n: 3\n  seed: 1", "- 1\n- 2", "m: 3", "n: three"])
+@pytest.mark.parametrize(
+    "text",
+    ["contexts: [1", "contexts: 3\n  seed: 1", "- 1\n- 2", "m: 3", "contexts: {n: three}", "contexts: 3"],
+)
 def test_malformed_yaml(text, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo.yaml").write_text(text)
@@ -113,23 +127,194 @@ def test_no_network_is_the_machine_s_fault(capsys, tmp_path, monkeypatch):
     assert code == 1 and err.splitlines()[-1].startswith("error: model 'minilm-bert' is not in the cache")
 
 
-def test_help_is_everywhere():
-    def commands(group, path):
-        yield path
-        for name, command in getattr(group, "commands", {}).items():
-            yield from commands(command, [*path, name])
+def test_help_is_everywhere(capsys):
+    def commands(ctx):
+        yield ctx
+        for name in getattr(ctx.command, "list_commands", lambda ctx: [])(ctx):
+            command = ctx.command.get_command(ctx, name)
+            yield from commands(click.Context(command, parent=ctx, info_name=name))
 
-    for path in commands(cli, []):
-        result = CliRunner().invoke(cli, [*path, "--help"])
-        assert result.exit_code == 0 and "Usage" in result.output, path
+    found = [ctx.command_path.split() for ctx in commands(click.Context(cli, info_name="llama-dialogue"))]
+    assert ["llama-dialogue", "bench", "features"] in found and ["llama-dialogue", "models", "get"] in found
+    for _, *path in found:
+        code, out, _ = run([*path, "--help"], capsys)
+        assert code == 0 and "Usage" in out, path
 
 
-def test_reply_as_json_from_the_shell():
-    command = [Path(sys.executable).with_name("llama-dialogue"), "reply", "--context", "Hi!", "--json"]
-    command += ["--model", "tiny-llama-random", "--set", "max_new_tokens=3", "--seed", "4"]
+def test_old_names_still_work_and_are_not_listed(capsys):
+    for path, today in ((["perturb", "distil"], "offsets"), (["grid", "sheet"], "annotate")):
+        code, out, _ = run([*path, "--help"], capsys)
+        assert code == 0 and f"{path[0]} {today}" in out
+        assert path[1] not in run([path[0], "--help"], capsys)[1]
+    code, out, _ = run(["prompting", "run", "--out", "elsewhere", "--check"], capsys)
+    assert code == 0 and "elsewhere/prompting/sample.json" in out
+    assert "--out" not in run(["prompting", "run", "--help"], capsys)[1]
+
+
+def test_without_a_command_help_is_shown(capsys):
+    code, out, err = run([], capsys)
+    assert code == 2 and "Usage" in out and err == ""
+
+
+LIGHT = """
+import sys
+from llama_dialogue.app.cli import main
+for arguments in {commands}:
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert stop.code == 0, arguments
+print({{"torch", "transformers", "pandas", "seaborn", "sklearn", *{unwanted}}} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    "commands, unwanted",
+    [
+        ([["--help"], ["models"], ["methods"], ["targets"], ["jobs"]], ["pydantic", "yaml"]),
+        (
+            [
+                ["run", "configs/prompting/dailydialog.yaml", "--set", "contexts.data=sample", "--check"],
+                ["run", "configs/perturb/original-grid.yaml", "--set", "contexts.data=sample", "--check"],
+                ["attribute", "train", "--kind", "judge", "--check"],
+                ["perturb", "offsets", "--check"],
+                ["demo", "--check"],
+            ],
+            [],
+        ),
+    ],
+)
+def test_a_listing_or_a_check_loads_nothing_heavy(commands, unwanted):
+    script = LIGHT.format(commands=commands, unwanted=unwanted)
+    command = [sys.executable, "-c", script]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stdout + done.stderr
+
+
+def test_the_shell_finds_the_command():
+    command = [Path(sys.executable).with_name("llama-dialogue"), "targets", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
-    answer = json.loads(done.stdout)
-    assert done.returncode == 0 and answer["seed"] == 4 and answer["method"] == "none"
+    assert done.returncode == 0 and {"act", "emotion"} <= {
+        target["name"] for target in json.loads(done.stdout)
+    }
+
+
+def test_reply_as_json(capsys):
+    tiny = ["--model", "tiny-llama-random", "--set", "decoding.max_new_tokens=3", "--seed", "4"]
+    code, out, err = run(["reply", "--context", "Hi!", "--json", *tiny], capsys)
+    answer = json.loads(out)
+    assert code == 0 and answer["seed"] == 4 and answer["method"] == "none", err
+
+
+@pytest.fixture
+def toy_package(tmp_path, monkeypatch):
+    """A package with a command, a broken one, a target and a job, installed beside this one."""
+    (tmp_path / "toy.py").write_text(TOY)
+    about = tmp_path / "toy-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    list_plugins.cache_clear()
+    yield
+    monkeypatch.undo()
+    list_plugins.cache_clear()
+    importlib.reload(app_commands)
+
+
+TOY = """
+import click
+from llama_dialogue.core.config import Config, frozen
+from llama_dialogue.core.jobs import Job
+from llama_dialogue.core.records import RunRecord
+
+@click.command()
+def hello():
+    "Greet."
+    click.echo("hello")
+
+@frozen
+class ToyConfig(Config):
+    name: str = "toy"
+    n: int = 3
+
+def play(config, out, records, progress):
+    out.mkdir(parents=True)
+    record = RunRecord(study="toys", name=config.name, status="done", config=config.to_dict(), seed=0)
+    record.save(records / "toys" / "toy.json")
+    return "a toy", record
+
+JOB = Job("toy", "toys", ToyConfig, play, artefact="toy", work=lambda config: f"{config.n} toys")
+"""
+ENTRY_POINTS = """
+[llama_dialogue.commands]
+hello = toy:hello
+models.hello = toy:hello
+broken = toy:nothing
+[llama_dialogue.targets]
+mood = toy:MOOD
+[llama_dialogue.jobs]
+toy = toy:JOB
+"""
+
+
+def test_commands_of_another_package(toy_package, capsys):
+    assert run(["hello"], capsys)[:2] == (0, "hello\n") == run(["models", "hello"], capsys)[:2]
+    code, out, _ = run(["--help"], capsys)
+    assert (
+        code == 0
+        and "hello" in out
+        and "'broken' of package toy: cannot be imported" in " ".join(out.split())
+    )
+    code, out, err = run(["broken", "--any", "thing"], capsys)
+    assert code == 2 and "of package toy" in err and err.count("\n") == 1 and out == ""
+    code, out, _ = run(["targets"], capsys)
+    assert code == 0 and "toy:MOOD" in out
+    importlib.reload(app_commands)
+    assert "--mood CLASS" in run(["reply", "--help"], capsys)[1]
+
+
+def test_a_job_is_run_by_its_file(toy_package, capsys):
+    Path("toy.yaml").write_text("job: toy\nname: ball\n")
+    code, out, _ = run(["run", "toy.yaml", "--set", "n=5", "--check"], capsys)
+    assert code == 0 and "runs/ball: new" in out and "runs/toys/ball.json: new" in out and "5 toys" in out
+    assert not Path("runs").exists()
+    code, out, err = run(["run", "toy.yaml", "--set", "n=5", "--records", "rec", "--json"], capsys)
+    assert code == 0 and json.loads(out)["config"] == {"name": "ball", "n": 5}, err
+    assert Path("runs/ball").is_dir() and Path("rec/toys/toy.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("n: 3", "no `job:` there: need one of"),
+        ("job: promting", "'prompting'"),
+        ("job: prompting\nm: 3", "'model'"),
+        ("job: prompting\ncontexts: {data: nowhere}", "contexts.data=nowhere: missing"),
+        ("job: prompting\nmodel: smolm2", "smollm2-135m"),
+    ],
+)
+def test_bad_files(text, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(text)
+    code, _, err = run(["run", "run.yaml", "--check"], capsys)
+    assert code == 2 and told in err and err.count("\n") == 1
+
+
+def test_a_file_of_another_job_is_refused(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("job: demo\n")
+    code, _, err = run(["prompting", "run", "--config", str(tmp_path / "run.yaml")], capsys)
+    assert code == 2 and "job='demo': need 'prompting'" in err
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).parents[1].glob("configs/*/*.yaml")), ids=lambda f: f.stem
+)
+def test_every_config_names_its_job(file, capsys):
+    code, out, err = run(["run", str(file), "--check"], capsys)
+    assert out.startswith("job ") and (code == 0 or "missing" in err), err
 
 
 def test_attribute_train_eval_and_probe(capsys, tmp_path, monkeypatch):

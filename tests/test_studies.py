@@ -25,7 +25,7 @@ def test_rendered_from_todays_records(notebook):
 def test_record_is_whole_and_has_its_config(path):
     record = RunRecord.load(path)
     assert record.status == "done" and record.job and (record.scores or record.details)
-    assert {"model", "encoder"} & set(record.inputs)
+    assert {"model", "encoder", "data"} & set(record.inputs)
     assert (CFG.config_path / "configs" / path.parent.name / f"{path.stem}.yaml").exists()
     if record.rows:
         rows = load_rows(path.with_name(record.rows))

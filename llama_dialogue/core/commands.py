@@ -11,7 +11,7 @@ import json
 import click
 
 from .errors import InputError
-from .jobs import Group, print_json, print_table, run_command
+from .jobs import Group, format_table, print_json, run_command
 from .plugins import list_plugins, load_plugin
 
 # %% ../../nbs/core/95_commands.ipynb #k0000007
@@ -25,7 +25,7 @@ def _listing(kind: str, help: str) -> click.Command:
     @_json_option
     def show(as_json):
         rows = [{"name": p.name, "package": p.package, "place": p.place} for p in list_plugins(kind).values()]
-        (print_json if as_json else print_table)(rows)
+        print_json(rows) if as_json else click.echo(format_table(rows))
 
     return show
 
@@ -45,7 +45,7 @@ def models(ctx, as_json):
     if ctx.invoked_subcommand is None:
         from llama_dialogue.core.registry import list_models
 
-        (print_json if as_json else print_table)(list_models())
+        print_json(list_models()) if as_json else click.echo(format_table(list_models()))
 
 
 @models.command("get")
@@ -67,13 +67,13 @@ def corpus(data, strict, as_json):
     report = _corpus_report(data, strict)
     if as_json:
         return print_json(report)
-    print_table(report["splits"])
+    click.echo(format_table(report["splits"]))
     click.echo(f"\nskipped: {len(report['skipped'])}")
     for row in report["skipped"][:20]:
         click.echo(f"  {row['file']} line {row['line']}: {row['reason']}")
     if report["overlap"]:
         click.echo("\nhow much of `probe` stands in `base`, word for word (exact) or nearly (near):")
-        print_table(report["overlap"])
+        click.echo(format_table(report["overlap"]))
 
 
 def _corpus_report(data: str, strict: bool) -> dict:
@@ -103,13 +103,25 @@ def _corpus_report(data: str, strict: bool) -> dict:
 @_json_option
 def records(folder, as_json):
     """List the records of FOLDER (data/results of the checkout if none is given)."""
-    from llama_dialogue.core.records import records_table
+    from llama_dialogue.core.rendered import records_table
 
     table = records_table(folder)
     if as_json:
         return print_json(json.loads(table.to_json(orient="records", default_handler=str)))
-    columns = ["study", "name", "status", "model", "data", "seconds", "tokens_per_second", "peak_memory_mb"]
-    print_table(table[columns].astype(object).where(table[columns].notna(), "").to_dict("records"))
+    columns = "study name job status model data seconds tokens_per_second peak_memory_mb".split()
+    rows = table[columns].astype(object).where(table[columns].notna(), "").to_dict("records")
+    click.echo(format_table(rows))
+
+# %% ../../nbs/core/95_commands.ipynb #k0000023
+@click.command("contexts", short_help="List which records reply in the same dialogues.")
+@click.argument("folder", required=False)
+@_json_option
+def contexts(folder, as_json):
+    """List the records of FOLDER (data/results of the checkout if none is given) that share contexts."""
+    from llama_dialogue.core.contexts import shared_contexts
+
+    rows = shared_contexts(folder).to_dict("records")
+    print_json(rows) if as_json else click.echo(format_table(rows))
 
 # %% ../../nbs/core/95_commands.ipynb #k0000019
 @click.command("run", short_help="Run a YAML file by its `job:`.")

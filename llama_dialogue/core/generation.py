@@ -253,7 +253,7 @@ def row_seeds(
 class ForwardCount:
     "Tokens that went through the whole model."
 
-    passes: float = 0.0
+    forward_equivalents: float = 0.0
 
 
 @contextmanager
@@ -266,7 +266,7 @@ def count_forward_equivalents(
     def note(layer, inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output
         times = 2 if hidden.requires_grad else 1  # forward, and backward to the states
-        count.passes += times * hidden.shape[0] * hidden.shape[1] / len(layers)
+        count.forward_equivalents += times * hidden.shape[0] * hidden.shape[1] / len(layers)
 
     handles = [layer.register_forward_hook(note) for layer in layers]
     try:

@@ -69,7 +69,7 @@ _JUDGE = _into(
 
 def _judge(stored: dict) -> dict:
     "Migrate the training of a judge."
-    both = {key: f"{_EXAMPLES[key]} judge.{key}" for key in ("target", "seed")}
+    both = {"seed": "examples.seed judge.seed"}
     metrics, prefix = dict(stored["metrics"]), "validation_"
     chosen = metrics.pop("validation", {})
     new = {"config": _nest(stored["config"], _EXAMPLES | _JUDGE | both)} | _sort_metrics(metrics)

@@ -231,8 +231,11 @@ def load_chat_model(
     device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
     revision: str | None = None,  # hub only: branch, tag or commit
     quantization: str | None = None,  # "nf4" (needs a CUDA GPU) or None
+    adapter: str | None = None,  # folder of a PEFT adapter, merged into the weights
 ) -> ChatModel:  # in evaluation mode, no gradients to its parameters
     "Load a chat model by name."
+    if adapter is not None:
+        return _with_adapter(load_chat_model(name, dtype, device, revision, quantization), adapter)
     place, name = _locate(name, "chat")
     on = choose_device(device)
     options = {"dtype": choose_dtype(dtype, on)}
@@ -252,6 +255,28 @@ def load_chat_model(
         tokenizer.pad_token = tokenizer.eos_token
     model = model if quantization else model.to(on)
     return ChatModel(model.eval().requires_grad_(False), tokenizer, name, _identity(place, model))
+
+
+def _with_adapter(chat: ChatModel, folder: str) -> ChatModel:
+    "Merge a PEFT adapter into a model."
+    from peft import PeftModel
+
+    config, weights = (Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    if not (config.is_file() and weights.is_file()):
+        raise InputError(
+            f"adapter={folder!r}: no adapter_config.json and adapter_model.safetensors there: need a folder "
+            f"written by PEFT's save_pretrained, e.g. runs/adapter"
+        )
+    try:
+        merged = PeftModel.from_pretrained(chat.model, folder).merge_and_unload()
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"adapter={folder!r} on {chat.name}: does not fit ({reason}): need its own base"
+        ) from error
+    sha256 = sha256_text(chat.sha256 + sha256_file(weights) + sha256_file(config))
+    name = f"{chat.name}+{Path(folder).name}"
+    return ChatModel(merged.eval().requires_grad_(False), chat.tokenizer, name, sha256)
 
 
 def load_encoder(
