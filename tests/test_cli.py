@@ -12,7 +12,10 @@ import pytest
 
 from llama_dialogue.app import commands as app_commands
 from llama_dialogue.app.cli import cli, main
-from llama_dialogue.core.plugins import list_plugins
+from llama_dialogue.core.config import read_yaml
+from llama_dialogue.core.jobs import configure
+from llama_dialogue.core.plugins import list_plugins, load_plugin
+from llama_dialogue.core.records import RunRecord
 
 
 def run(arguments, capsys):
@@ -317,20 +320,35 @@ def test_every_config_names_its_job(file, capsys):
     assert out.startswith("job ") and (code == 0 or "missing" in err), err
 
 
+def test_a_config_is_that_of_its_record():
+    compared, root = [], Path(__file__).parents[1]
+    for file in sorted(root.glob("configs/*/*.yaml")):
+        job = load_plugin("job", read_yaml(file)["job"])
+        config = configure(job, file)
+        name = getattr(config, "name", "") or "dailydialog"
+        stored = root / "data" / "results" / job.study / f"{name}.json"
+        if stored.exists():
+            assert config == job.config_class.from_dict(RunRecord.load(stored).config), file
+            compared.append(file.stem)
+    assert len(compared) > 15
+
+
 def test_attribute_train_eval_and_probe(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    few = ["--set", "max_dialogues=24", "--set", "model=tiny-llama-random", "--set", "dtype=fp32", "--json"]
+    few = ["--set", "examples.max_dialogues=24", "--set", "model=tiny-llama-random"]
+    few += ["--set", "dtype=fp32", "--json"]
     code, out, err = run(["attribute", "train", "--kind", "head", "--out", "head", *few], capsys)
     assert code == 0, err
-    trained = json.loads(out)["metrics"]
+    trained = json.loads(out)["scores"]["this model"]
     code, out, err = run(
         ["attribute", "eval", "head", "--data", "sample", "--set", "dtype=fp32", "--json"], capsys
     )
-    tested = json.loads(out)["metrics"]
+    tested = json.loads(out)["scores"]["this model"]
     assert code == 0 and trained["accuracy"]["n"] > 0, err
     assert set(tested["accuracy"]) == {"value", "low", "high", "n"}
+    assert Path("runs/attribute/head.json").exists() and Path("runs/attribute/evaluation.json").exists()
     code, out, err = run(["attribute", "probe", "--set", "layers=[0, 4]", *few], capsys)
-    assert code == 0 and json.loads(out)["metrics"], err
+    assert code == 0 and json.loads(out)["scores"], err
     arguments = ["attribute", "eval", "head", "--odd-turns", "--part", "steer", "--set", "dtype=fp32"]
     code, out, err = run(arguments, capsys)
     assert code == 0 and out.split()[:4] == ["score", "this", "model", "words"], err
@@ -349,7 +367,7 @@ def test_bench_features(capsys, tmp_path, monkeypatch):
         "rounds=1",
     ]
     code, out, err = run(["bench", "features", *tiny, "--json"], capsys)
-    assert code == 0 and json.loads(out)["metrics"]["batched"]["median"] > 0, err
+    assert code == 0 and json.loads(out)["scores"]["batched"]["median"] > 0, err
     assert (tmp_path / "runs" / "attribute" / "bench-features.json").exists()
 
 
@@ -374,12 +392,14 @@ def test_corpus_report(capsys):
 
 
 GRID = """
+job: grid
 name: tiny
 model: tiny-llama-random
 dtype: fp32
-n: 4
+contexts: {n: 4}
 shard_size: 2
-steering: {max_new_tokens: 3, system: none}
+system: none
+decoding: {max_new_tokens: 3}
 cells:
 - method: none
 - {method: prompt}
@@ -405,19 +425,20 @@ def test_a_grid_is_scored_into_a_record_and_labelled(capsys, tmp_path, monkeypat
     asked = ["grid", "score", "grid", "--second", "tiny-llama-random", "--records", "res"]
     code, out, err = run(asked, capsys)
     record = json.loads(Path("res/perturb/tiny.json").read_text())
-    assert code == 0 and record["metrics"]["second_model"]["name"] == "tiny-llama-random", err
-    assert record["metrics"]["grid"]["rows"] == 32 and Path("res/perturb/tiny.parquet").exists()
+    assert code == 0 and record["inputs"]["second_model"]["name"] == "tiny-llama-random", err
+    assert record["details"]["grid"]["rows"] == 32 and Path("res/perturb/tiny.parquet").exists()
     code, out, err = run(["grid", "sheet", "grid", "--n", "6"], capsys)
-    sheet = pd.read_csv("grid/sheet.csv", keep_default_na=False)
+    sheet = pd.read_csv("grid/annotation.csv", keep_default_na=False)
     assert code == 0 and len(sheet) == 6 and "judged" not in sheet, err
     sheet.assign(label="inform").to_csv("filled.csv", index=False)
-    code, out, err = run(["grid", "labels", "grid", "filled.csv", "--records", "res"], capsys)
+    by = ["--annotator", "two students", "--date", "2026-11", "--guideline", "theirs", "--records", "res"]
+    code, out, err = run(["grid", "labels", "grid", "filled.csv", *by], capsys)
     record = json.loads(Path("res/perturb/labels-tiny.json").read_text())
-    assert code == 0 and "kappa" in out and record["metrics"]["all"]["agreement"]["n"] == 6, err
-    assert sum(record["metrics"]["confusion"]["inform"].values()) == 6
+    assert code == 0 and "kappa" in out and record["scores"]["all"]["agreement"]["n"] == 6, err
+    assert sum(record["details"]["confusion"]["inform"].values()) == 6
     for arguments, told in (
-        (["sheet", "grid", "--n", "6"], "perhaps with labels"),
-        (["labels", "grid", "grid/sheet.csv"], "''"),
+        (["annotate", "grid", "--n", "6"], "perhaps with labels"),
+        (["agreement", "grid", "grid/annotation.csv", *by], "''"),
     ):
         code, _, err = run(["grid", *arguments], capsys)
         assert code == 2 and told in err
@@ -430,7 +451,7 @@ def test_a_grid_is_scored_into_a_record_and_labelled(capsys, tmp_path, monkeypat
         (["grid", "score", "nowhere"], "grid.json"),
         (["report", "nowhere"], "scores.parquet"),
         (["perturb", "distil", "--out", "x", "--data", "nowhere"], "nowhere"),
-        (["reply", "--context", "Hi!", "--act", "question", "--method", "distilled"], "perturb distil"),
+        (["reply", "--context", "Hi!", "--act", "question", "--method", "distilled"], "inputs.offsets"),
     ],
 )
 def test_bad_grid_input(arguments, told, capsys, tmp_path, monkeypatch):
