@@ -85,7 +85,10 @@ _EVALUATION = _EXAMPLES | {"balanced": "examples.balanced_test", "known": "keep_
 
 def _evaluation(stored: dict) -> dict:
     "Migrate the test of a head or a judge."
-    return {"config": _nest(stored["config"], _EVALUATION)} | _sort_metrics(stored["metrics"])
+    config = _nest(stored["config"], _EVALUATION)
+    target = "emotion" if "f1_no_emotion" in stored["metrics"] else "act"
+    config["examples"] = {"target": target} | config["examples"]
+    return {"config": config} | _sort_metrics(stored["metrics"])
 
 # %% ../../nbs/core/82_migration.ipynb #m0820022
 def _probes(stored: dict) -> dict:
