@@ -413,7 +413,7 @@ def test_grid_run_again_score_and_report(capsys, tmp_path, monkeypatch):
         code, out, err = run(["grid", "run", "grid.yaml", "--out", "grid", "--json"], capsys)
         assert code == 0 and json.loads(out)["computed"] == computed, err
     code, out, err = run(["grid", "score", "grid"], capsys)
-    assert code == 0 and "36 replies" in out, err
+    assert code == 0 and "40 replies" in out, err
     code, out, err = run(["report", "grid"], capsys)
     assert code == 0 and "not distinguishable" in out and Path("grid/report.md").exists(), err
 

@@ -85,13 +85,6 @@ def _show_bench(result) -> str:
     return format_table([{"replies per second": name} | value for name, value in result.scores.items()])
 
 
-def _bench_features(config, records, progress):
-    "Run the benchmark."
-    from llama_dialogue.attribute.evaluation import bench_features_job
-
-    return bench_features_job(config, records)
-
-
 EVALUATION = Job(
     "evaluation",
     study="attribute",
@@ -123,7 +116,7 @@ FEATURE_BENCH = Job(
     "feature-bench",
     study="attribute",
     config=f"{_MODULE}.configs:FeatureBenchConfig",
-    run=_bench_features,
+    run=f"{_MODULE}.evaluation:bench_features_job",
     inputs=lambda config: [("data", config.data), ("model", config.model)],
     work=lambda config: (
         f"{config.rounds} rounds: {config.loop} replies one by one, then all of them in batches"
