@@ -18,7 +18,7 @@ from .configs import ExampleConfig
 from ..core.config import Config, frozen
 from ..core.dialogues import Example
 from ..core.errors import InputError
-from ..core.jobs import Job
+from ..core.jobs import Job, format_table
 from ..core.records import RunRecord, start_run
 from ..core.targets import Target, get_target
 
@@ -136,5 +136,7 @@ CONTEXT_BASELINE = Job(
     work=lambda config: (
         f"{len(config.turns) + 3} baselines of {config.examples.target}, on one processor core"
     ),
-    show=lambda record: [{"baseline": k, "accuracy": str(v["accuracy"])} for k, v in record.scores.items()],
+    show=lambda record: format_table(
+        [{"baseline": name, "accuracy": str(scores["accuracy"])} for name, scores in record.scores.items()]
+    ),
 )
