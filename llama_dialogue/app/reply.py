@@ -34,7 +34,7 @@ class ReplyConfig(SteeringConfig):
         if method == "none" and self.target is not None:
             raise InputError(
                 f"{self.target}={self.target_class!r} with method 'none': need a method that steers, "
-                f"e.g. method=best_of_n"
+                f"e.g. --method best_of_n"
             )
         if method != "none" and self.target is None:
             raise InputError(

@@ -115,14 +115,14 @@ def _score(folder, data, judge, second, records):
     click.echo(f"{len(scores):,} replies scored: {Path(folder) / 'scores.parquet'}")
 
 # %% ../../nbs/compare/90_commands.ipynb #c9000012
-@grid.command("annotate", short_help="Write a sample of replies, for a person to label.")
+@grid.command("annotate", short_help="Write a sample of replies, for an annotator to label.")
 @click.argument("folder")
-@click.option("--out", help="The CSV file; sheet.csv in the grid's folder if none is given.")
+@click.option("--out", help="The CSV file; annotation.csv in the grid's folder if none is given.")
 @click.option("--n", default=200, show_default=True, help="Replies in the file.")
 @click.option("--seed", default=0, show_default=True, help="Of the sample.")
 @click.option("--data", help="Where the grid's corpus lies now; None: as the grid was run.")
 def _annotate(folder, out, n, seed, data):
-    """Write a sample of the replies of the scored grid in FOLDER to a file, for a person to label."""
+    """Write a sample of the replies of the scored grid in FOLDER to a file, for an annotator to label."""
     from llama_dialogue.compare.annotation import annotate_grid
 
     click.echo(f"{annotate_grid(folder, out, n, seed, data)}: fill in the column `label`")
@@ -131,39 +131,71 @@ def _annotate(folder, out, n, seed, data):
 @grid.command("agreement", short_help="Compare the judge with the labels.")
 @click.argument("folder")
 @click.argument("annotation")
-@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder of the records.")
-def _agreement(folder, annotation, records_folder):
+@click.option("--annotator", required=True, help="Who or what read the replies, e.g. 'two students'.")
+@click.option("--date", required=True, help="When, e.g. 2026-11.")
+@click.option("--guideline", required=True, help="By which definitions, e.g. 'Li et al. (2017)'.")
+@click.option("--records", default="runs", show_default=True, help="Folder of the records.")
+def _agreement(folder, annotation, annotator, date, guideline, records):
     """Compare the judge of the scored grid in FOLDER with the labels in ANNOTATION."""
     from llama_dialogue.compare.annotation import record_annotation
 
-    record, _ = record_annotation(folder, annotation, records_folder)
-    for part, scores in record.metrics.items():
-        if part != "confusion":
-            click.echo(f"{part}: " + ", ".join(f"{name} {value}" for name, value in scores.items()))
+    record, _ = record_annotation(folder, annotation, annotator, date, guideline, records)
+    click.echo(_show_agreement((record,)))
+
+
+def _show_agreement(result) -> str:
+    "Write the agreement of all, unsteered and steered replies."
+    scores = result[0].scores.items()
+    return "\n".join(f"{name}: {', '.join(f'{k} {v}' for k, v in row.items())}" for name, row in scores)
+
+
+def _run_annotation(config, records, progress):
+    "Compare the labels in a grid's folder with its judge."
+    from llama_dialogue.compare.annotation import record_annotation
+
+    folder = Path("runs") / config.name
+    about = config.annotator, config.date, config.guideline
+    return record_annotation(folder, folder / "annotation.csv", *about, records)
+
+
+ANNOTATION = Job(
+    "annotation",
+    study="perturb",
+    config=f"{_MODULE}.annotation:AnnotationConfig",
+    run=_run_annotation,
+    inputs=lambda config: [("name", f"runs/{config.name}/annotation.csv", "file")],
+    work=lambda config: f"{config.labels} labels beside the judge's predictions",
+    show=_show_agreement,
+    outputs=lambda config, out, records: [records / "perturb" / f"labels-{config.name}.json"],
+)
 
 # %% ../../nbs/compare/90_commands.ipynb #c9000018
-def _run_demo(config, records, progress, figures=None):
+def _run_demo(config, out, records, progress, figures=None):
     "Run the demo and draw its figure."
-    from llama_dialogue.compare.demo import plot_demo, run_demo
-    from llama_dialogue.core.paths import check_writable
-    from llama_dialogue.core.plots import save_figure
+    import matplotlib.pyplot as plt
 
-    folder = check_writable(Path(records) / "demo")
-    record, rows = run_demo(config, records, progress)
-    picture = save_figure(plot_demo(record), f"demo__{record.name}", figures or folder)
-    return record, rows, picture
+    from llama_dialogue.compare.demo import run_demo
+    from llama_dialogue.compare.report import compare_cells, plot_control
+    from llama_dialogue.core.plots import save_figure, set_style
+
+    record, grid = run_demo(config, out, records, progress)
+    set_style()
+    figure, ax = plt.subplots()
+    plot_control(ax, compare_cells(grid))
+    picture = save_figure(figure, f"demo__{record.name}", figures or Path(records) / "demo")
+    return record, grid, picture
 
 
 def _show_demo(result) -> str:
     "Lay out the replies to one context, the scores, and where the figure is."
     from llama_dialogue.compare.demo import demo_table, side_by_side
 
-    record, rows, picture = result
+    record, grid, picture = result
     contexts = record.config["contexts"]
     lines = [f"\nAfter one context of {contexts['data']}, towards each class:\n"]
-    for wanted, row in side_by_side(rows, rows.dialogue_id.iloc[0]).iterrows():
+    for wanted, row in side_by_side(grid).iterrows():
         lines += [wanted, *(f"  {cell}: {' '.join(reply.split())}" for cell, reply in row.items())]
-    table = format_table(demo_table(record).to_dict("records"))
+    table = format_table(demo_table(grid).to_dict("records"))
     lines += [f"\n{contexts['n']} contexts towards each class, 95% intervals\n", table]
     return "\n".join([*lines, f"\nfigure {picture}"])
 
@@ -171,8 +203,9 @@ def _show_demo(result) -> str:
 DEMO = Job(
     "demo",
     study="demo",
-    config=f"{_MODULE}.demo:DemoConfig",
+    config=f"{_MODULE}.cells:DemoConfig",
     run=_run_demo,
+    artefact="grid",
     inputs=_inputs,
     work=_work,
     show=_show_demo,
@@ -185,7 +218,6 @@ DEMO = Job(
 @config_option("--model", "model")
 @config_option("--seed", "contexts.seed")
 @click.option("--figures", help="Folder of the figure, if not beside the record.")
-@click.option("--out", "old__records", hidden=True)
 @job_options(DEMO)
 def demo(figures, **options):
     """Steer replies towards each class with every method; print a table, write a figure."""
@@ -210,3 +242,30 @@ def report(folder, out, as_json):
     shown = [c for c in ("accuracy", "gain", "verdict", "perplexity") if c in table]
     click.echo(format_table(table[shown].fillna("").astype(str).reset_index().to_dict("records")))
     click.echo(f"\nreport {path}")
+
+# %% ../../nbs/compare/90_commands.ipynb #c9000031
+def _run_reader_check(config, records, progress):
+    "Compare head and judge on the replies of a record."
+    from llama_dialogue.compare.reader_check import run_reader_check
+
+    return run_reader_check(config, records, progress)
+
+
+def _show_reader_check(record) -> str:
+    "Write the agreement of the readers, row by row."
+    return "\n".join(f"{label}: agreement {row['agreement']}" for label, row in record.scores.items())
+
+
+READER_CHECK = Job(
+    "reader-check",
+    study="perturb",
+    config=f"{_MODULE}.reader_check:ReaderCheckConfig",
+    run=_run_reader_check,
+    inputs=lambda config: [
+        ("record", config.record, "file"),
+        ("head", config.head, "folder"),
+        ("judge", config.judge, "folder"),
+    ],
+    work=lambda config: "all replies of the record, read once by the head",
+    show=_show_reader_check,
+)

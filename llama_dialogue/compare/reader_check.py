@@ -26,7 +26,9 @@ class ReaderCheckConfig(Config):
 
     def __post_init__(self):
         if not Path(self.record).suffix == ".json":
-            raise InputError(f"record={self.record!r}: need a .json record, e.g. record=runs/perturb/grid.json")
+            raise InputError(
+                f"record={self.record!r}: need a .json record, e.g. record=runs/perturb/grid.json"
+            )
 
 # %% ../../nbs/compare/55_reader_check.ipynb #rc000009
 def _same_as_recorded(role: str, reader, recorded: dict) -> None:
@@ -83,7 +85,10 @@ def run_reader_check(
     if records is not None:
         check_writable(records)
     grid = RunRecord.load(config.record)
-    rows, about = load_rows(Path(config.record).with_name(grid.rows)), {"config": grid.config, "inputs": grid.inputs}
+    rows, about = (
+        load_rows(Path(config.record).with_name(grid.rows)),
+        {"config": grid.config, "inputs": grid.inputs},
+    )
     head, judge = AttributeHead.from_pretrained(config.head), Judge.from_pretrained(config.judge)
     _same_as_recorded("head", head, grid.inputs)
     _same_as_recorded("judge", judge, grid.inputs)
