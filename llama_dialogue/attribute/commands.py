@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/attribute/95_commands.ipynb #a9500004
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -85,13 +87,6 @@ def _show_bench(result) -> str:
     return format_table([{"replies per second": name} | value for name, value in result.scores.items()])
 
 
-def _bench_features(config, records, progress):
-    "Run the benchmark."
-    from llama_dialogue.attribute.evaluation import bench_features_job
-
-    return bench_features_job(config, records)
-
-
 EVALUATION = Job(
     "evaluation",
     study="attribute",
@@ -123,7 +118,7 @@ FEATURE_BENCH = Job(
     "feature-bench",
     study="attribute",
     config=f"{_MODULE}.configs:FeatureBenchConfig",
-    run=_bench_features,
+    run=f"{_MODULE}.evaluation:bench_features_job",
     inputs=lambda config: [("data", config.data), ("model", config.model)],
     work=lambda config: (
         f"{config.rounds} rounds: {config.loop} replies one by one, then all of them in batches"
@@ -181,8 +176,20 @@ def _train(kind, balanced, **options):
     run_command(HEAD if kind == "head" else JUDGE, options | chosen)
 
 
+def _saved_target(folder: str) -> str | None:  # None: not there, or not named there
+    "Look up what a saved head or judge predicts, without loading it."
+    for kind, place in (("judge", "config"), ("head", "report")):
+        if (path := Path(folder) / f"{kind}.json").is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))[place].get("target")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return None  # loading the folder will say what is wrong with it
+    return None
+
+
 @attribute.command("eval")
 @click.argument("model")
+@_target
 @config_option(
     "--balanced",
     "examples.balanced_test",
@@ -195,6 +202,8 @@ def _train(kind, balanced, **options):
 @job_options(EVALUATION)
 def _eval(**options):
     """Test the head or judge in folder MODEL."""
+    if not options["config_file"]:
+        options["examples__target"] = options["examples__target"] or _saved_target(options["model"])
     run_command(EVALUATION, options)
 
 
