@@ -28,7 +28,7 @@ from llama_dialogue.core.generation import (
     stop_token_ids,
 )
 from .attributes import Attribute, BagOfWords, as_attributes
-from .cache import GrowingCache, attention_by, frozen, run_layers
+from .cache import GrowingCache, attention_by, frozen_model, run_layers
 from .pplm_config import PPLMConfig
 from .pplm_request import check_request, position_mask
 
@@ -285,7 +285,7 @@ def generate_pplm(
     config, seeds = config or PPLMConfig(), row_seeds(len(prompts), seed, seeds)
     token_ids, records, deltas = ([[] for _ in prompts] for _ in range(3))
     failed = [False] * len(prompts)
-    with frozen(model):
+    with frozen_model(model):
         batch = _Steering(model, tokenizer, prompts, labels, head, config, seeds)
         for _ in tqdm(range(config.max_new_tokens), desc=progress, disable=not progress, unit="token"):
             delta = batch.no_delta() if return_deltas else None

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..core.generation import row_uniforms, sample_rows, stop_token_ids
 from .attributes import Attribute, BagOfWords, as_attributes
-from .cache import attention_by, frozen
+from .cache import attention_by, frozen_model
 from .layers import select_layers
 from .pplm import PPLMOutput
 from .pplm_config import PPLMConfig
@@ -117,7 +117,7 @@ def reference_pplm(
     attributes, [labels] = as_attributes(head, [label])
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     prompt_length, losses, deltas = len(ids), [], []
-    with frozen(model), attention_by(model, "wide"):
+    with frozen_model(model), attention_by(model, "wide"):
         unperturbed = []  # the prompt without its last token
         if prompt_length > 1:
             with torch.no_grad(), attention_by(model, "sdpa"):
