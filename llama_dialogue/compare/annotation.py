@@ -107,7 +107,9 @@ def annotation_agreement(
     ids = labelled.dialogue_id.tolist()
     one_hot = [np.eye(len(classes))[labelled[name].map(classes.index)] for name in ("label", "judged")]
     return agreement(*one_hot, ids) | {
-        f"target_accuracy_by_{who}": rate_interval((labelled[name] == labelled.target_class).to_numpy(float), ids)
+        f"target_accuracy_by_{who}": rate_interval(
+            (labelled[name] == labelled.target_class).to_numpy(float), ids
+        )
         for who, name in (("annotator", "label"), ("judge", "judged"))
     }
 
@@ -164,16 +166,16 @@ def record_annotation(
     name = about["config"]["name"]
     config = AnnotationConfig(name, len(labelled), annotator, date, guideline, target.name)
     plain = labelled.cell == unsteered
-    run = start_run(
-        "perturb", f"labels-{name}", config, 0, about["inputs"], folder=records, job="annotation"
-    )
+    run = start_run("perturb", f"labels-{name}", config, 0, about["inputs"], folder=records, job="annotation")
     with run as record:
         parts = {"all": labelled, "unsteered": labelled[plain], "steered": labelled[~plain]}
         record.scores |= {
             name: annotation_agreement(part, target.classes) for name, part in parts.items() if len(part)
         }
         classes = list(target.classes)
-        table = pd.crosstab(labelled.label, labelled.judged).reindex(index=classes, columns=classes, fill_value=0)
+        table = pd.crosstab(labelled.label, labelled.judged).reindex(
+            index=classes, columns=classes, fill_value=0
+        )
         record.details["confusion"] = table.to_dict(orient="index")
         rows = labelled[["cell", "dialogue_id", "target_class", "seed", "label", "judged"]]
         if records is not None:
