@@ -12,7 +12,10 @@ import pytest
 
 from llama_dialogue.app import commands as app_commands
 from llama_dialogue.app.cli import cli, main
-from llama_dialogue.core.plugins import list_plugins
+from llama_dialogue.core.config import read_yaml
+from llama_dialogue.core.jobs import check_job, configure
+from llama_dialogue.core.plugins import list_plugins, load_plugin
+from llama_dialogue.core.records import RunRecord
 
 
 def run(arguments, capsys):
@@ -27,19 +30,25 @@ def run(arguments, capsys):
 
 
 BAD = {
-    "model": (["demo", "--model", "smollm"], "smollm2-135m"),
-    "encoder as chat model": (["demo", "--model", "minilm-bert"], "kind encoder"),
+    "model": (["demo", "--model", "smollm", "--check"], "smollm2-135m"),
+    "encoder as chat model": (["demo", "--model", "minilm-bert", "--check"], "kind encoder"),
     "data": (["demo", "--data", "no/such/folder"], "need a folder"),
     "n": (["demo", "--n", "0"], "need at least 1"),
-    "n too large": (["demo", "--n", "100000"], "need at most that"),
+    "n too large": (["demo", "--n", "100000"], "need at most"),
     "n no number": (["demo", "--n", "many"], "--n"),
-    "key": (["demo", "--set", "step_sise=0.1"], "'step_size'"),
-    "value": (["demo", "--set", "step_size=big"], "need a number"),
-    "no equals sign": (["demo", "--set", "step_size"], "need key=value"),
-    "layer name": (["demo", "--set", "layers=uper"], "'upper'"),
-    "layer range": (["demo", "--set", "layers=[5, 3]"], "0 <= start < stop <= 30"),
-    "layer outside": (["demo", "--set", "layers=[20, 31]"], "0 <= start < stop <= 30"),
-    "method": (["demo", "--set", "methods=[pplms]"], "'pplm'"),
+    "key": (["demo", "--set", "contexts.split_=test"], "'contexts.split'"),
+    "key of a method": (["demo", "--set", "pplm.stepsize=0.1", "--check"], "'pplm.step_size'"),
+    "value": (["demo", "--set", "pplm.step_size=big", "--check"], "need a number"),
+    "truth as a number": (["demo", "--set", "contexts.n=true"], "need a whole number"),
+    "value in a list": (["prompting", "run", "--set", "systems=[none, 3]"], "systems[1]=3: need text"),
+    "no equals sign": (["demo", "--set", "seeds"], "need key=value"),
+    "no parts": (["demo", "--set", "model.name=x"], "need text"),
+    "layer name": (["demo", "--set", "pplm.layers=uper", "--check"], "'upper'"),
+    "layer range": (["demo", "--set", "pplm.layers=[5, 3]", "--check"], "start < stop"),
+    "method": (["demo", "--set", "cells=[{method: pplms}]", "--check"], "'pplm'"),
+    "target": (["demo", "--set", "target=mood"], "'emotion'"),
+    "reserve": (["prompting", "run", "--set", "contexts.reserve=controll"], "'control'"),
+    "--out of a record": (["run", "FILE", "--out", "x"], "leaves a record alone"),
     "act": (["reply", "--context", "Hi!", "--act", "qestion", "--method", "pplm"], "'question'"),
     "act with none": (["reply", "--context", "Hi!", "--act", "question"], "--method best_of_n"),
     "method without act": (["reply", "--context", "Hi!", "--method", "pplm"], "--act question"),
@@ -58,13 +67,18 @@ BAD = {
 def test_bad_input_is_one_line(case, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, expected = BAD[case]
+    Path("run.yaml").write_text("job: prompting")
+    arguments = ["run.yaml" if word == "FILE" else word for word in arguments]
     code, out, err = run(arguments, capsys)
     assert code == 2 and expected in err
     assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.yaml"]
 
 
-@pytest.mark.parametrize("text", ["n: [1", "n: 3\n  seed: 1", "- 1\n- 2", "m: 3", "n: three"])
+@pytest.mark.parametrize(
+    "text",
+    ["contexts: [1", "contexts: 3\n  seed: 1", "- 1\n- 2", "m: 3", "contexts: {n: three}", "contexts: 3"],
+)
 def test_malformed_yaml(text, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo.yaml").write_text(text)
@@ -135,12 +149,9 @@ def test_old_names_still_work_and_are_not_listed(capsys):
         code, out, _ = run([*path, "--help"], capsys)
         assert code == 0 and f"{path[0]} {today}" in out
         assert path[1] not in run([path[0], "--help"], capsys)[1]
-    code, out, _ = run(["demo", "--out", "elsewhere", "--check"], capsys)
-    assert (
-        code == 0
-        and "elsewhere/demo/sample.json" in out
-        and "--out" not in run(["demo", "--help"], capsys)[1]
-    )
+    code, out, _ = run(["prompting", "run", "--out", "elsewhere", "--check"], capsys)
+    assert code == 0 and "elsewhere/prompting/sample.json" in out
+    assert "--out" not in run(["prompting", "run", "--help"], capsys)[1]
 
 
 def test_without_a_command_help_is_shown(capsys):
@@ -164,7 +175,16 @@ print({{"torch", "transformers", "pandas", "seaborn", "sklearn", *{unwanted}}} &
     "commands, unwanted",
     [
         ([["--help"], ["models"], ["methods"], ["targets"], ["jobs"]], ["pydantic", "yaml"]),
-        ([["run", "configs/prompting/dailydialog.yaml", "--set", "data=sample", "--check"]], []),
+        (
+            [
+                ["run", "configs/prompting/dailydialog.yaml", "--set", "contexts.data=sample", "--check"],
+                ["run", "configs/perturb/original-grid.yaml", "--set", "contexts.data=sample", "--check"],
+                ["attribute", "train", "--kind", "judge", "--check"],
+                ["perturb", "offsets", "--check"],
+                ["demo", "--check"],
+            ],
+            [],
+        ),
     ],
 )
 def test_a_listing_or_a_check_loads_nothing_heavy(commands, unwanted):
@@ -184,7 +204,7 @@ def test_the_shell_finds_the_command():
 
 
 def test_reply_as_json(capsys):
-    tiny = ["--model", "tiny-llama-random", "--set", "max_new_tokens=3", "--seed", "4"]
+    tiny = ["--model", "tiny-llama-random", "--set", "decoding.max_new_tokens=3", "--seed", "4"]
     code, out, err = run(["reply", "--context", "Hi!", "--json", *tiny], capsys)
     answer = json.loads(out)
     assert code == 0 and answer["seed"] == 4 and answer["method"] == "none", err
@@ -275,7 +295,7 @@ def test_a_job_is_run_by_its_file(toy_package, capsys):
         ("n: 3", "no `job:` there: need one of"),
         ("job: promting", "'prompting'"),
         ("job: prompting\nm: 3", "'model'"),
-        ("job: prompting\ndata: nowhere", "data=nowhere: missing"),
+        ("job: prompting\ncontexts: {data: nowhere}", "contexts.data=nowhere: missing"),
         ("job: prompting\nmodel: smolm2", "smollm2-135m"),
     ],
 )
@@ -296,26 +316,43 @@ def test_a_file_of_another_job_is_refused(capsys, tmp_path):
     "file", sorted(Path(__file__).parents[1].glob("configs/*/*.yaml")), ids=lambda f: f.stem
 )
 def test_every_config_names_its_job(file, capsys):
-    if "labels" in file.name:
-        return
     code, out, err = run(["run", str(file), "--check"], capsys)
     assert out.startswith("job ") and (code == 0 or "missing" in err), err
 
 
+def test_a_config_is_that_of_its_record():
+    compared, root = [], Path(__file__).parents[1]
+    for file in sorted(root.glob("configs/*/*.yaml")):
+        job = load_plugin("job", read_yaml(file)["job"])
+        config = configure(job, file)
+        outputs = check_job(job, config, records=root / "data" / "results")["outputs"]
+        path = next(Path(row["path"]) for row in outputs if row["path"].endswith(".json"))
+        if not path.exists():
+            continue
+        stored = RunRecord.load(path).config
+        if job.name == "annotation":  # old records do not hold who read the replies
+            stored = config.to_dict() | stored
+        assert config == job.config_class.from_dict(stored), file
+        compared.append(file.stem)
+    assert len(compared) > 15
+
+
 def test_attribute_train_eval_and_probe(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    few = ["--set", "max_dialogues=24", "--set", "model=tiny-llama-random", "--set", "dtype=fp32", "--json"]
+    few = ["--set", "examples.max_dialogues=24", "--set", "model=tiny-llama-random"]
+    few += ["--set", "dtype=fp32", "--json"]
     code, out, err = run(["attribute", "train", "--kind", "head", "--out", "head", *few], capsys)
     assert code == 0, err
-    trained = json.loads(out)["metrics"]
+    trained = json.loads(out)["scores"]["this model"]
     code, out, err = run(
         ["attribute", "eval", "head", "--data", "sample", "--set", "dtype=fp32", "--json"], capsys
     )
-    tested = json.loads(out)["metrics"]
+    tested = json.loads(out)["scores"]["this model"]
     assert code == 0 and trained["accuracy"]["n"] > 0, err
     assert set(tested["accuracy"]) == {"value", "low", "high", "n"}
+    assert Path("runs/attribute/head.json").exists() and Path("runs/attribute/evaluation.json").exists()
     code, out, err = run(["attribute", "probe", "--set", "layers=[0, 4]", *few], capsys)
-    assert code == 0 and json.loads(out)["metrics"], err
+    assert code == 0 and json.loads(out)["scores"], err
     arguments = ["attribute", "eval", "head", "--odd-turns", "--part", "steer", "--set", "dtype=fp32"]
     code, out, err = run(arguments, capsys)
     assert code == 0 and out.split()[:4] == ["score", "this", "model", "words"], err
@@ -334,7 +371,7 @@ def test_bench_features(capsys, tmp_path, monkeypatch):
         "rounds=1",
     ]
     code, out, err = run(["bench", "features", *tiny, "--json"], capsys)
-    assert code == 0 and json.loads(out)["metrics"]["batched"]["median"] > 0, err
+    assert code == 0 and json.loads(out)["scores"]["batched"]["median"] > 0, err
     assert (tmp_path / "runs" / "attribute" / "bench-features.json").exists()
 
 
@@ -359,12 +396,14 @@ def test_corpus_report(capsys):
 
 
 GRID = """
+job: grid
 name: tiny
 model: tiny-llama-random
 dtype: fp32
-n: 4
+contexts: {n: 4}
 shard_size: 2
-steering: {max_new_tokens: 3, system: none}
+system: none
+decoding: {max_new_tokens: 3}
 cells:
 - method: none
 - {method: prompt}
@@ -378,7 +417,7 @@ def test_grid_run_again_score_and_report(capsys, tmp_path, monkeypatch):
         code, out, err = run(["grid", "run", "grid.yaml", "--out", "grid", "--json"], capsys)
         assert code == 0 and json.loads(out)["computed"] == computed, err
     code, out, err = run(["grid", "score", "grid"], capsys)
-    assert code == 0 and "36 replies" in out, err
+    assert code == 0 and "40 replies" in out, err
     code, out, err = run(["report", "grid"], capsys)
     assert code == 0 and "not distinguishable" in out and Path("grid/report.md").exists(), err
 
@@ -390,19 +429,20 @@ def test_a_grid_is_scored_into_a_record_and_labelled(capsys, tmp_path, monkeypat
     asked = ["grid", "score", "grid", "--second", "tiny-llama-random", "--records", "res"]
     code, out, err = run(asked, capsys)
     record = json.loads(Path("res/perturb/tiny.json").read_text())
-    assert code == 0 and record["metrics"]["second_model"]["name"] == "tiny-llama-random", err
-    assert record["metrics"]["grid"]["rows"] == 32 and Path("res/perturb/tiny.parquet").exists()
+    assert code == 0 and record["inputs"]["second_model"]["name"] == "tiny-llama-random", err
+    assert record["details"]["grid"]["rows"] == 32 and Path("res/perturb/tiny.parquet").exists()
     code, out, err = run(["grid", "sheet", "grid", "--n", "6"], capsys)
-    sheet = pd.read_csv("grid/sheet.csv", keep_default_na=False)
+    sheet = pd.read_csv("grid/annotation.csv", keep_default_na=False)
     assert code == 0 and len(sheet) == 6 and "judged" not in sheet, err
     sheet.assign(label="inform").to_csv("filled.csv", index=False)
-    code, out, err = run(["grid", "labels", "grid", "filled.csv", "--records", "res"], capsys)
+    by = ["--annotator", "two students", "--date", "2026-11", "--guideline", "theirs", "--records", "res"]
+    code, out, err = run(["grid", "labels", "grid", "filled.csv", *by], capsys)
     record = json.loads(Path("res/perturb/labels-tiny.json").read_text())
-    assert code == 0 and "kappa" in out and record["metrics"]["all"]["agreement"]["n"] == 6, err
-    assert sum(record["metrics"]["confusion"]["inform"].values()) == 6
+    assert code == 0 and "kappa" in out and record["scores"]["all"]["agreement"]["n"] == 6, err
+    assert sum(record["details"]["confusion"]["inform"].values()) == 6
     for arguments, told in (
-        (["sheet", "grid", "--n", "6"], "perhaps with labels"),
-        (["labels", "grid", "grid/sheet.csv"], "''"),
+        (["annotate", "grid", "--n", "6"], "perhaps with labels"),
+        (["agreement", "grid", "grid/annotation.csv", *by], "''"),
     ):
         code, _, err = run(["grid", *arguments], capsys)
         assert code == 2 and told in err
@@ -415,7 +455,7 @@ def test_a_grid_is_scored_into_a_record_and_labelled(capsys, tmp_path, monkeypat
         (["grid", "score", "nowhere"], "grid.json"),
         (["report", "nowhere"], "scores.parquet"),
         (["perturb", "distil", "--out", "x", "--data", "nowhere"], "nowhere"),
-        (["reply", "--context", "Hi!", "--act", "question", "--method", "distilled"], "perturb distil"),
+        (["reply", "--context", "Hi!", "--act", "question", "--method", "distilled"], "inputs.offsets"),
     ],
 )
 def test_bad_grid_input(arguments, told, capsys, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
-from llama_dialogue.attribute.training import model_card
+from llama_dialogue.attribute.training import reader_card
 from llama_dialogue.core.records import RunRecord, load_rows, results_dir
 from llama_dialogue.core.rendered import check_rendered
 
@@ -35,7 +35,7 @@ def test_record_is_whole_and_has_its_config(path):
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.name)
 def test_card_says_what_its_record_says(path):
     record = RunRecord.load(path.with_suffix(".json"))
-    assert path.read_text(encoding="utf-8") == model_card(record, record.job)
+    assert path.read_text(encoding="utf-8") == reader_card(record)
 
 
 def test_figures_that_the_docs_show_exist():

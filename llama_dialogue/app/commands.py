@@ -11,7 +11,7 @@ from collections.abc import Callable
 import click
 
 from ..core.errors import InputError
-from ..core.jobs import print_json
+from ..core.jobs import Job, config_option, configure, print_json
 from ..core.plugins import list_plugins
 
 # %% ../../nbs/app/16_commands.ipynb #a1600007
@@ -31,40 +31,47 @@ def _target_options(command: Callable) -> Callable:
 
 def _chosen(options: dict) -> tuple[str | None, str | None]:
     "Take the target and its class out of the options."
-    pairs = [(options.pop("target"), options.pop("wanted"))]
-    for key in [key for key in options if key.startswith("target__")]:
-        pairs.append((key.removeprefix("target__"), options.pop(key)))
-    given = [pair for pair in pairs if pair[1] is not None or pair == pairs[0] != (None, None)]
+    short = [key for key in options if key.startswith("target__")]
+    given = [
+        (key.removeprefix("target__"), value) for key in short if (value := options.pop(key)) is not None
+    ]
+    if (pair := (options.pop("target"), options.pop("wanted"))) != (None, None):
+        given.insert(0, pair)
     if len(given) > 1:
-        seen = " ".join(f"--{name or 'class'} {value}" for name, value in given)
+        seen = ", ".join(f"{name}={value}" for name, value in given)
         raise InputError(f"{seen}: need one class of one target, e.g. --act question")
     if given and None in given[0]:
-        raise InputError(
-            f"target={given[0][0]!r}, class={given[0][1]!r}: need both, e.g. --target act --class question"
-        )
+        seen = "target={!r}, class={!r}".format(*given[0])
+        raise InputError(f"{seen}: need both, e.g. --target act --class question")
     return given[0] if given else (None, None)
 
 # %% ../../nbs/app/16_commands.ipynb #a1600010
+REPLY = Job(
+    "reply",
+    study="app",
+    config="llama_dialogue.app.reply:ReplyConfig",
+    run="llama_dialogue.app.reply:reply_to",
+)
+
+
 @click.command("reply", short_help="Reply to a context, if wished towards a class.")
 @click.option(
     "--context", "turns", multiple=True, required=True, help="A turn; repeat for more, the last is answered."
 )
 @_target_options
-@click.option("--method", default="none", show_default=True, help="One of `llama-dialogue methods`.")
-@click.option("--model", default="smollm2-135m", show_default=True, help="Folder, registry name or hub id.")
-@click.option("--config", "config_file", metavar="FILE", help="YAML file with a value for any key.")
+@config_option("--method", "method", help="One of `llama-dialogue methods`; none if not given.")
+@config_option("--model", "model")
+@config_option("--seed", "seed")
+@click.option("--config", "file", metavar="FILE", help="YAML file with a value for any key.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one value; may be repeated."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the reply.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def reply(turns, method, model, config_file, assignments, seed, as_json, **options):
+def reply(turns, file, assignments, as_json, **options):
     """Reply to a context, if wished towards a class of a target."""
-    target, wanted = _chosen(options)
+    options["target"], options["target_class"] = _chosen(options)
+    config = configure(REPLY, file, options, assignments)
     from llama_dialogue.app.reply import reply_to
-    from llama_dialogue.core.config import read_yaml
-    from llama_dialogue.perturb.methods import SteeringConfig
 
-    config = SteeringConfig.from_dict(read_yaml(config_file) if config_file else {}, assignments)
-    answer = reply_to(list(turns), target, wanted, method, model, config, seed)
+    answer = reply_to(list(turns), config)
     print_json(answer) if as_json else click.echo(answer["reply"])

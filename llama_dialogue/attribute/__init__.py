@@ -6,7 +6,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "head": ["AttributeHead", "fit_head"],
-        "judge": ["Judge", "JudgeConfig", "train_judge"],
+        "configs": ["JudgeConfig"],
+        "judge": ["Judge"],
+        "judge_training": ["train_judge"],
         "defaults": ["default_head", "default_judge"],
     },
 )

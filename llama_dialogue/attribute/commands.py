@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/attribute/95_commands.ipynb #a9500004
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -25,16 +27,14 @@ def _show_scores(result) -> str:
     from llama_dialogue.core.statistics import Interval
 
     record = _record(result)
-    columns = {"this model": record.metrics} | {
-        name: record.metrics[name] for name in ("other", "words", "majority") if name in record.metrics
-    }
-    scores = [name for name, value in record.metrics.items() if isinstance(value, Interval)]
+    names = [name for name in ("this model", "other", "words", "majority") if name in record.scores]
     rows = [
-        {"score": score} | {name: str(column.get(score, "")) for name, column in columns.items()}
-        for score in scores
+        {"score": score} | {name: str(record.scores[name].get(score, "")) for name in names}
+        for score, value in record.scores[names[0]].items()
+        if isinstance(value, Interval)
     ]
-    n = record.metrics["accuracy"].n
-    return f"{format_table(rows)}\n{n:,} replies of {record.data['name']}, 95% intervals"
+    n = record.scores[names[0]]["accuracy"].n
+    return f"{format_table(rows)}\n{n:,} replies of {record.config['examples']['data']}, 95% intervals"
 
 # %% ../../nbs/attribute/95_commands.ipynb #a9500009
 _MODULE = "llama_dialogue.attribute"
@@ -42,33 +42,37 @@ _MODULE = "llama_dialogue.attribute"
 
 def _head_work(config) -> str:
     "Say what is read and fitted."
-    layers = len(config.layers) + 1
+    layers, of = len(config.layers) + 1, config.examples
     return (
-        f"hidden states of {config.model} at {layers} layers for every {config.target} reply of {config.data}, "
+        f"hidden states of {config.model} at {layers} layers for every {of.target} reply of {of.data}, "
         f"{layers * len(config.poolings)} linear fits"
     )
+
+
+def _judge_work(config) -> str:
+    "Say what is trained on."
+    judge, of = config.judge, config.examples
+    return f"{judge.epochs} epochs of {judge.encoder} on every {of.target} reply of {of.data}"
 
 
 HEAD = Job(
     "head",
     study="attribute",
-    config=f"{_MODULE}.training:HeadTraining",
+    config=f"{_MODULE}.configs:HeadTrainingConfig",
     run=f"{_MODULE}.training:train_head_job",
     artefact="head",
-    inputs=lambda config: [("data", config.data), ("model", config.model)],
+    inputs=lambda config: [("examples.data", config.examples.data), ("model", config.model)],
     work=_head_work,
     show=_show_scores,
 )
 JUDGE = Job(
     "judge",
     study="attribute",
-    config=f"{_MODULE}.training:JudgeTraining",
+    config=f"{_MODULE}.configs:JudgeTrainingConfig",
     run=f"{_MODULE}.training:train_judge_job",
     artefact="judge",
-    inputs=lambda config: [("data", config.data), ("encoder", config.encoder)],
-    work=lambda config: (
-        f"{config.epochs} epochs of {config.encoder} on every {config.target} reply of {config.data}"
-    ),
+    inputs=lambda config: [("examples.data", config.examples.data), ("judge.encoder", config.judge.encoder)],
+    work=_judge_work,
     show=_show_scores,
 )
 
@@ -80,36 +84,30 @@ def _show_probes(result) -> str:
 
 def _show_bench(result) -> str:
     "Lay the speeds out."
-    timed = {name: value for name, value in result.metrics.items() if name != "n"}
-    return format_table([{"replies per second": name} | value for name, value in timed.items()])
-
-
-def _bench_features(config, records, progress):
-    "Run the benchmark."
-    from llama_dialogue.attribute.evaluation import bench_features_job
-
-    return bench_features_job(config, records)
+    return format_table([{"replies per second": name} | value for name, value in result.scores.items()])
 
 
 EVALUATION = Job(
     "evaluation",
     study="attribute",
-    config=f"{_MODULE}.evaluation:EvaluationConfig",
+    config=f"{_MODULE}.configs:EvaluationConfig",
     run=f"{_MODULE}.evaluation:evaluate_job",
     inputs=lambda config: [
         ("model", config.model, "folder"),
         ("other", config.other),
-        ("data", config.data),
+        ("examples.data", config.examples.data),
     ],
-    work=lambda config: f"one prediction for every reply of {config.data}, split {config.split or 'all'}",
+    work=lambda config: (
+        f"one prediction for every reply of {config.examples.data}, split {config.split or 'all'}"
+    ),
     show=_show_scores,
 )
 PROBES = Job(
     "probes",
     study="attribute",
-    config=f"{_MODULE}.evaluation:ProbeConfig",
+    config=f"{_MODULE}.configs:ProbeConfig",
     run=f"{_MODULE}.evaluation:probe_job",
-    inputs=lambda config: [("data", config.data), ("model", config.model)],
+    inputs=lambda config: [("examples.data", config.examples.data), ("model", config.model)],
     work=lambda config: (
         f"{len(config.layers) or 'all'} layers x {len(config.poolings)} poolings x "
         f"{len(config.settings)} settings, a linear fit each"
@@ -119,8 +117,8 @@ PROBES = Job(
 FEATURE_BENCH = Job(
     "feature-bench",
     study="attribute",
-    config=f"{_MODULE}.evaluation:FeatureBench",
-    run=_bench_features,
+    config=f"{_MODULE}.configs:FeatureBenchConfig",
+    run=f"{_MODULE}.evaluation:bench_features_job",
     inputs=lambda config: [("data", config.data), ("model", config.model)],
     work=lambda config: (
         f"{config.rounds} rounds: {config.loop} replies one by one, then all of them in batches"
@@ -137,23 +135,28 @@ def attribute():
 def _example_options(command: Callable) -> Callable:
     "Add the options that choose examples."
     for option in (
-        config_option("--seed", "seed"),
+        config_option("--seed", "examples.seed"),
         config_option(
-            "--share", "part", old="--part", help="head, judge or steer: that share of the dialogues alone."
+            "--share",
+            "examples.share",
+            old="--part",
+            help="head, judge or steer: that share of the dialogues alone.",
         ),
         config_option(
             "--all-turns/--odd-turns",
-            "all_turns",
+            "examples.all_turns",
             default=None,
             help="Every reply, or only those after an odd number of turns, as steering meets them.",
         ),
-        config_option("--data", "data"),
+        config_option("--data", "examples.data"),
     ):
         command = option(command)
     return command
 
 
-_target = config_option("--target", "target", help="act or emotion.")
+_target = config_option(
+    "--target", "examples.target", help="act, emotion or another of `llama-dialogue targets`."
+)
 
 
 @attribute.command("train")
@@ -166,27 +169,48 @@ _target = config_option("--target", "target", help="act or emotion.")
 @job_options(HEAD)
 def _train(kind, balanced, **options):
     """Train a head or a judge and test it beside the baselines."""
-    chosen = {"balanced": balanced} if kind == "head" else {"balance": "undersample" if balanced else None}
+    chosen = {"examples__balanced": balanced}
+    if kind == "judge":
+        balance = "undersample" if balanced else None
+        chosen = {"judge__balance": balance, "judge__seed": options["examples__seed"]}
     run_command(HEAD if kind == "head" else JUDGE, options | chosen)
+
+
+def _saved_target(folder: str) -> str | None:  # None: not there, or not named there
+    "Look up what a saved head or judge predicts, without loading it."
+    for kind, place in (("judge", "config"), ("head", "report")):
+        if (path := Path(folder) / f"{kind}.json").is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))[place].get("target")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return None  # loading the folder will say what is wrong with it
+    return None
 
 
 @attribute.command("eval")
 @click.argument("model")
+@_target
 @config_option(
-    "--balanced", "balanced", is_flag=True, default=None, help="Equally many replies of each class."
+    "--balanced",
+    "examples.balanced_test",
+    is_flag=True,
+    default=None,
+    help="Equally many replies of each class.",
 )
 @config_option("--split", "split", help="train, validation or test.")
 @_example_options
 @job_options(EVALUATION)
 def _eval(**options):
     """Test the head or judge in folder MODEL."""
+    if not options["config_file"]:
+        options["examples__target"] = options["examples__target"] or _saved_target(options["model"])
     run_command(EVALUATION, options)
 
 
 @attribute.command("probe")
 @_target
 @config_option(
-    "--balanced", "balanced", is_flag=True, default=None, help="Equally many replies of each class."
+    "--balanced", "examples.balanced", is_flag=True, default=None, help="Equally many replies of each class."
 )
 @_example_options
 @job_options(PROBES)

@@ -285,6 +285,11 @@ class HeadReader:
         "Hash of what the head computes."
         return self.head.sha256
 
+    @property
+    def train_replies(self) -> Fingerprints | None:
+        "Fingerprints of the replies that the head was trained on."
+        return self.head.train_replies
+
 
 _KNOWN = (ACT, EMOTION)
 

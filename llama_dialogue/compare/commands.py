@@ -26,91 +26,58 @@ from llama_dialogue.core.jobs import (
 _MODULE = "llama_dialogue.compare"
 
 
-def _run_demo(config, records, progress, figures=None):
-    "Run the demo and draw its figure."
-    from llama_dialogue.compare.demo import plot_demo, run_demo
-    from llama_dialogue.core.paths import check_writable
-    from llama_dialogue.core.plots import save_figure
+def _inputs(config) -> list[tuple]:
+    "List what the cells of a grid read, each once."
+    from llama_dialogue.compare.cells import expand_cells
+    from llama_dialogue.compare.methods import all_needs, get_method
 
-    folder = check_writable(Path(records) / "demo")
-    record, rows = run_demo(config, records, progress)
-    picture = save_figure(plot_demo(record), f"demo__{record.name}", figures or folder)
-    return record, rows, picture
-
-
-def _show_demo(result) -> str:
-    "Lay out the replies to one context, the scores, and where the figure is."
-    from llama_dialogue.compare.demo import demo_table, side_by_side
-
-    record, rows, picture = result
-    lines = [f"\nAfter one context of {record.data['name']}, towards each class:\n"]
-    for wanted, row in side_by_side(rows, rows.dialogue_id.iloc[0]).iterrows():
-        lines += [wanted, *(f"  {method:<10} {' '.join(reply.split())}" for method, reply in row.items())]
-    table = format_table(demo_table(record).to_dict("records"))
-    lines += [f"\n{record.config['n']} contexts towards each class, 95% intervals\n", table]
-    return "\n".join([*lines, f"\nfigure {picture}"])
+    found = {("contexts.data", config.contexts.data): ()}
+    for number, cell in enumerate(expand_cells(config)):
+        place = "" if (cell.model, cell.adapter) == (config.model, config.adapter) else f"cells[{number}]."
+        found |= {(f"{place}model", cell.model): (), (f"{place}adapter", cell.adapter): ("folder",)}
+        for name, need in all_needs(get_method(cell.method), cell.steering.options).items():
+            folder = cell.inputs.get(name, "default" if need.default else "(no folder)")
+            found[f"inputs.{name}", folder] = ()
+    found["judge", config.judge] = ()
+    return [(*pair, *kind) for pair, kind in found.items()]
 
 
-def _demo_work(config) -> str:
-    "Count the replies."
-    cells = len(config.methods) * config.n * len(config.acts)
-    return (
-        f"{len(config.methods)} methods x {config.n} contexts x {len(config.acts)} classes = {cells:,} replies "
-        f"of up to {config.max_new_tokens} tokens"
-    )
-
-
-DEMO = Job(
-    "demo",
-    study="demo",
-    config=f"{_MODULE}.demo:DemoConfig",
-    run=_run_demo,
-    inputs=lambda config: [("data", config.data), ("model", config.model)],
-    work=_demo_work,
-    show=_show_demo,
-)
-
-
-@click.command("demo", short_help="Steer replies towards each class; print a table, write a figure.")
-@config_option("--data", "data")
-@config_option("--n", "n", help="Number of contexts; each is steered towards each class.")
-@config_option("--model", "model")
-@config_option("--seed", "seed")
-@click.option("--figures", help="Folder of the figure, if not beside the record.")
-@click.option("--out", "old__records", hidden=True)
-@job_options(DEMO)
-def demo(figures, **options):
-    """Steer replies towards each class with every method; print a table, write a figure."""
-    run_command(replace(DEMO, run=partial(_run_demo, figures=figures)), options)
-
-# %% ../../nbs/compare/90_commands.ipynb #c9000010
-def _run_grid(config, out, records, progress, engine="local", address=None):
-    "Compute the parts of a grid that are not there yet."
-    from llama_dialogue.compare.grid import run_grid
-
-    return run_grid(config, out, engine, address, progress)
-
-
-def _grid_work(config) -> str:
+def _work(config) -> str:
     "Count the replies of a grid."
-    from llama_dialogue.compare.grid import expand_cells
+    from llama_dialogue.compare.cells import expand_cells
 
-    cells, seeds = len(expand_cells(config)), len(config.seeds)
-    return f"{cells} cells x {config.n} contexts x {config.rows // config.shard_size} classes x {seeds} seeds"
+    cells, n = len(expand_cells(config)), config.contexts.n
+    classes, seeds = config.classes_per_context, len(config.seeds)
+    replies, most = cells * n * classes * seeds, config.decoding.max_new_tokens
+    times = f"{cells} cells x {n} contexts x {classes} classes" + (f" x {seeds} seeds" if seeds > 1 else "")
+    return f"{times} = {replies:,} replies of up to {most} tokens"
+
+# %% ../../nbs/compare/90_commands.ipynb #c9000009
+def _run_grid(config, out, records, progress, engine="local", address=None, score=True):
+    "Compute the parts of a grid that are not there yet, and score it."
+    from llama_dialogue.compare.grid import run_grid
+    from llama_dialogue.compare.scores import score_grid
+
+    summary = run_grid(config, out, engine, address, progress)
+    return summary, score_grid(out, records=records, progress=progress) if score else None
+
+
+def _show_grid(result) -> str:
+    "Say what was computed."
+    summary, scores = result
+    told = f"{summary.total} parts: {summary.found} were there, {summary.computed} computed"
+    return told if scores is None else f"{told}; {len(scores):,} replies scored"
 
 
 GRID = Job(
     "grid",
     study="perturb",
-    config=f"{_MODULE}.grid:GridConfig",
+    config=f"{_MODULE}.cells:GridConfig",
     run=_run_grid,
     artefact="grid",
-    inputs=lambda config: [
-        (name, getattr(config, name)) for name in ("data", "model", "head", "vectors", "offsets", "judge")
-    ],
-    work=_grid_work,
-    show=lambda summary: f"{summary.total} parts: {summary.found} were there, {summary.computed} computed",
-    outputs=lambda config, out, records: [out],
+    inputs=_inputs,
+    work=_work,
+    show=_show_grid,
 )
 
 
@@ -130,7 +97,8 @@ def grid():
 @job_options(GRID, by_file=True)
 def _run(engine, address, **options):
     """Compute every part of the grid in FILE (YAML) that is not there yet."""
-    run_command(replace(GRID, run=partial(_run_grid, engine=engine, address=address)), options)
+    run = partial(_run_grid, engine=engine, address=address, score=False)
+    run_command(replace(GRID, run=run, outputs=lambda config, out, records: [out]), options)
 
 
 @grid.command("score", short_help="Score the replies of a grid.")
@@ -138,7 +106,7 @@ def _run(engine, address, **options):
 @click.option("--data", help="Where the grid's corpus lies now; None: as the grid was run.")
 @click.option("--judge", help="Folder of a judge; None: as the grid's config says.")
 @click.option("--second", help="Another chat model (name or folder) that reads the replies too.")
-@click.option("--records", help="Folder for a record and its rows; none is written without it.")
+@click.option("--records", default="runs", show_default=True, help="Folder of the records.")
 def _score(folder, data, judge, second, records):
     """Score the replies in FOLDER: control, fluency, relevance, overlap, repetition."""
     from llama_dialogue.compare.scores import score_grid
@@ -147,14 +115,14 @@ def _score(folder, data, judge, second, records):
     click.echo(f"{len(scores):,} replies scored: {Path(folder) / 'scores.parquet'}")
 
 # %% ../../nbs/compare/90_commands.ipynb #c9000012
-@grid.command("annotate", short_help="Write a sample of replies, for a person to label.")
+@grid.command("annotate", short_help="Write a sample of replies, for an annotator to label.")
 @click.argument("folder")
-@click.option("--out", help="The CSV file; sheet.csv in the grid's folder if none is given.")
+@click.option("--out", help="The CSV file; annotation.csv in the grid's folder if none is given.")
 @click.option("--n", default=200, show_default=True, help="Replies in the file.")
 @click.option("--seed", default=0, show_default=True, help="Of the sample.")
 @click.option("--data", help="Where the grid's corpus lies now; None: as the grid was run.")
 def _annotate(folder, out, n, seed, data):
-    """Write a sample of the replies of the scored grid in FOLDER to a file, for a person to label."""
+    """Write a sample of the replies of the scored grid in FOLDER to a file, for an annotator to label."""
     from llama_dialogue.compare.annotation import annotate_grid
 
     click.echo(f"{annotate_grid(folder, out, n, seed, data)}: fill in the column `label`")
@@ -163,15 +131,99 @@ def _annotate(folder, out, n, seed, data):
 @grid.command("agreement", short_help="Compare the judge with the labels.")
 @click.argument("folder")
 @click.argument("annotation")
-@click.option("--records", "records_folder", default="runs", show_default=True, help="Folder of the records.")
-def _agreement(folder, annotation, records_folder):
+@click.option("--annotator", required=True, help="Who or what read the replies, e.g. 'two students'.")
+@click.option("--date", required=True, help="When, e.g. 2026-11.")
+@click.option("--guideline", required=True, help="By which definitions, e.g. 'Li et al. (2017)'.")
+@click.option("--records", default="runs", show_default=True, help="Folder of the records.")
+def _agreement(folder, annotation, annotator, date, guideline, records):
     """Compare the judge of the scored grid in FOLDER with the labels in ANNOTATION."""
     from llama_dialogue.compare.annotation import record_annotation
 
-    record, _ = record_annotation(folder, annotation, records_folder)
-    for part, scores in record.metrics.items():
-        if part != "confusion":
-            click.echo(f"{part}: " + ", ".join(f"{name} {value}" for name, value in scores.items()))
+    record, _ = record_annotation(folder, annotation, annotator, date, guideline, records)
+    click.echo(_show_agreement((record,)))
+
+
+def _show_agreement(result) -> str:
+    "Write the agreement of all, unsteered and steered replies."
+    scores = result[0].scores.items()
+    return "\n".join(f"{name}: {', '.join(f'{k} {v}' for k, v in row.items())}" for name, row in scores)
+
+
+def _run_annotation(config, records, progress):
+    "Compare the labels in a grid's folder with its judge."
+    from llama_dialogue.compare.annotation import record_annotation
+
+    folder = Path("runs") / config.name
+    about = config.annotator, config.date, config.guideline
+    return record_annotation(folder, folder / "annotation.csv", *about, records)
+
+
+ANNOTATION = Job(
+    "annotation",
+    study="perturb",
+    config=f"{_MODULE}.annotation:AnnotationConfig",
+    run=_run_annotation,
+    inputs=lambda config: [("name", f"runs/{config.name}/annotation.csv", "file")],
+    work=lambda config: f"{config.labels} labels beside the judge's predictions",
+    show=_show_agreement,
+    outputs=lambda config, out, records: [records / "perturb" / f"labels-{config.name}.json"],
+)
+
+# %% ../../nbs/compare/90_commands.ipynb #c9000018
+def _run_demo(config, out, records, progress, figures=None):
+    "Run the demo and draw its figure."
+    import matplotlib.pyplot as plt
+
+    from llama_dialogue.compare.demo import run_demo
+    from llama_dialogue.compare.report import compare_cells, plot_control
+    from llama_dialogue.core.plots import save_figure, set_style
+
+    record, grid = run_demo(config, out, records, progress)
+    set_style()
+    figure, ax = plt.subplots()
+    plot_control(ax, compare_cells(grid))
+    picture = save_figure(figure, f"demo__{record.name}", figures or Path(records) / "demo")
+    return record, grid, picture
+
+
+def _show_demo(result) -> str:
+    "Lay out the replies to one context, the scores, and where the figure is."
+    from llama_dialogue.compare.demo import demo_table, side_by_side
+
+    record, grid, picture = result
+    contexts = record.config["contexts"]
+    lines = [f"\nAfter one context of {contexts['data']}, towards each class:\n"]
+    for wanted, row in side_by_side(grid).iterrows():
+        lines += [wanted, *(f"  {cell}: {' '.join(reply.split())}" for cell, reply in row.items())]
+    table = format_table(demo_table(grid).to_dict("records"))
+    lines += [f"\n{contexts['n']} contexts towards each class, 95% intervals\n", table]
+    return "\n".join([*lines, f"\nfigure {picture}"])
+
+
+DEMO = Job(
+    "demo",
+    study="demo",
+    config=f"{_MODULE}.cells:DemoConfig",
+    run=_run_demo,
+    artefact="grid",
+    inputs=_inputs,
+    work=_work,
+    show=_show_demo,
+)
+
+
+@click.command("demo", short_help="Steer replies towards each class; print a table, write a figure.")
+@config_option("--data", "contexts.data")
+@config_option("--n", "contexts.n", help="Number of contexts; each is steered towards each class.")
+@config_option("--model", "model")
+@config_option("--seed", "contexts.seed")
+@click.option("--figures", help="Folder of the figure, if not beside the record.")
+@job_options(DEMO)
+def demo(figures, **options):
+    """Steer replies towards each class with every method; print a table, write a figure."""
+    if (seed := options["contexts__seed"]) is not None:
+        options["seeds"] = [seed]
+    run_command(replace(DEMO, run=partial(_run_demo, figures=figures)), options)
 
 # %% ../../nbs/compare/90_commands.ipynb #c9000014
 @click.command("report", short_help="Compare the cells of a scored grid: table, text, figures.")
@@ -182,7 +234,7 @@ def report(folder, out, as_json):
     """Compare every cell of the scored grid in FOLDER with doing nothing."""
     import json
 
-    from llama_dialogue.compare.report import write_report
+    from llama_dialogue.compare.markdown import write_report
 
     path, table = write_report(folder, out)
     if as_json:
@@ -190,3 +242,30 @@ def report(folder, out, as_json):
     shown = [c for c in ("accuracy", "gain", "verdict", "perplexity") if c in table]
     click.echo(format_table(table[shown].fillna("").astype(str).reset_index().to_dict("records")))
     click.echo(f"\nreport {path}")
+
+# %% ../../nbs/compare/90_commands.ipynb #c9000031
+def _run_reader_check(config, records, progress):
+    "Compare head and judge on the replies of a record."
+    from llama_dialogue.compare.reader_check import run_reader_check
+
+    return run_reader_check(config, records, progress)
+
+
+def _show_reader_check(record) -> str:
+    "Write the agreement of the readers, row by row."
+    return "\n".join(f"{label}: agreement {row['agreement']}" for label, row in record.scores.items())
+
+
+READER_CHECK = Job(
+    "reader-check",
+    study="perturb",
+    config=f"{_MODULE}.reader_check:ReaderCheckConfig",
+    run=_run_reader_check,
+    inputs=lambda config: [
+        ("record", config.record, "file"),
+        ("head", config.head, "folder"),
+        ("judge", config.judge, "folder"),
+    ],
+    work=lambda config: "all replies of the record, read once by the head",
+    show=_show_reader_check,
+)

@@ -132,7 +132,7 @@ def _drawn(decoding: dict) -> str:
     return (
         f"drawn from the model's {decoding['top_k']} likeliest tokens"
         if decoding["top_k"]
-        else "the model's own"
+        else "the model's own samples"
     )
 
 
@@ -235,8 +235,9 @@ def _write(path: Path, text: str) -> None:
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:
     "Give each interval three columns: x, x_low, x_high."
-    flat = table.map(lambda v: v.value if isinstance(v, Interval) else v)
+    flat = table.copy()
     for name in [c for c in table if table[c].map(lambda v: isinstance(v, Interval)).any()]:
+        flat[name] = table[name].map(lambda v: getattr(v, "value", np.nan))
         for end in ("low", "high"):
             flat[f"{name}_{end}"] = table[name].map(lambda v, end=end: getattr(v, end, np.nan))
     return flat

@@ -79,7 +79,7 @@ _LEVEL = 0.05  # of the corrected p value
 
 
 def _verdict(gain: Interval, p: float) -> str:
-    "Say what the comparison allows to say."
+    "Name the outcome of a comparison."
     if p >= _LEVEL:
         return "not distinguishable"
     return "better" if gain.value > 0 else "worse"

@@ -97,6 +97,13 @@ def _f1(tables: np.ndarray) -> np.ndarray:
     return np.divide(2.0 * hits, total, out=np.full(hits.shape, np.nan), where=total > 0)
 
 
+def _mean(scores: Float[np.ndarray, "... C"]) -> Float[np.ndarray, "..."]:
+    "Average over the classes that have a score; NaN where none has."
+    known = ~np.isnan(scores)
+    count, total = known.sum(-1), np.where(known, scores, 0.0).sum(-1)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
 def _confusion_scores(
     tables: Float[np.ndarray, "... C C"],  # rows are labels, columns are guesses
     classes: Sequence[str],  # C names
@@ -110,11 +117,11 @@ def _confusion_scores(
     often = counts >= _FREQUENT if frequent is None else np.broadcast_to(frequent, counts.shape)
     scores = {
         "accuracy": hits.sum(-1) / counts.sum(-1),
-        "balanced_accuracy": np.nanmean(recall, axis=-1),
-        "macro_f1": np.nanmean(f1, axis=-1),
+        "balanced_accuracy": _mean(recall),
+        "macro_f1": _mean(f1),
     }
     if often.any(-1).all():
-        scores["macro_f1_frequent"] = np.nanmean(np.where(often, f1, np.nan), axis=-1)
+        scores["macro_f1_frequent"] = _mean(np.where(often, f1, np.nan))
     if "no_emotion" in classes:
         felt = [i for i, name in enumerate(classes) if name != "no_emotion"]
         total = counts[..., felt].sum(-1) + tables[..., felt].sum((-2, -1))

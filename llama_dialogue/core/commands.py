@@ -103,12 +103,12 @@ def _corpus_report(data: str, strict: bool) -> dict:
 @_json_option
 def records(folder, as_json):
     """List the records of FOLDER (data/results of the checkout if none is given)."""
-    from llama_dialogue.core.records import records_table
+    from llama_dialogue.core.rendered import records_table
 
     table = records_table(folder)
     if as_json:
         return print_json(json.loads(table.to_json(orient="records", default_handler=str)))
-    columns = ["study", "name", "status", "model", "data", "seconds", "tokens_per_second", "peak_memory_mb"]
+    columns = "study name job status model data seconds tokens_per_second peak_memory_mb".split()
     rows = table[columns].astype(object).where(table[columns].notna(), "").to_dict("records")
     click.echo(format_table(rows))
 

@@ -126,7 +126,7 @@ def similarity(
     rows, others = _candidates(signatures, self.signatures)
     equal = (signatures[rows] == self.signatures[others]).mean(axis=1)
     np.maximum.at(nearest, rows, (equal - 1 / _LEVELS) / (1 - 1 / _LEVELS))
-    return nearest.clip(0)
+    return np.where(signatures.any(axis=1), nearest.clip(0), 0.0)  # 0 for a text without words
 
 # %% ../../nbs/core/36_fingerprints.ipynb #fp000023
 @patch

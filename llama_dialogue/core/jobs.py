@@ -40,7 +40,7 @@ class Job:
     artefact: str = ""  # what it makes in the folder `out=`, e.g. "head"; "": it leaves a record alone
     inputs: Callable = _nothing  # config -> [(path in the config, value[, kind])] of what has to be there
     work: Callable = _nothing  # config -> the estimated work in words
-    show: Callable = _nothing  # what `run` returned -> text for the terminal
+    show: Callable = _nothing  # what `run` returned -> text for the terminal, or rows of a table
     outputs: Callable | None = None  # (config, out, records) -> paths; None: by the rule above
 
     @property
@@ -180,8 +180,8 @@ def run_job(
     if as_json:
         print_json(_as_data(result))
         return result
-    if text := job.show(result):
-        click.echo(text)
+    if shown := job.show(result):
+        click.echo(shown if isinstance(shown, str) else format_table(shown))
     for path in _outputs(job, config, out, records):
         if path.exists():
             click.echo(f"wrote {path}")

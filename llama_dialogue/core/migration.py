@@ -69,7 +69,7 @@ _JUDGE = _into(
 
 def _judge(stored: dict) -> dict:
     "Migrate the training of a judge."
-    both = {key: f"{_EXAMPLES[key]} judge.{key}" for key in ("target", "seed")}
+    both = {"seed": "examples.seed judge.seed"}
     metrics, prefix = dict(stored["metrics"]), "validation_"
     chosen = metrics.pop("validation", {})
     new = {"config": _nest(stored["config"], _EXAMPLES | _JUDGE | both)} | _sort_metrics(metrics)
@@ -85,13 +85,16 @@ _EVALUATION = _EXAMPLES | {"balanced": "examples.balanced_test", "known": "keep_
 
 def _evaluation(stored: dict) -> dict:
     "Migrate the test of a head or a judge."
-    return {"config": _nest(stored["config"], _EVALUATION)} | _sort_metrics(stored["metrics"])
+    config = _nest(stored["config"], _EVALUATION)
+    target = "emotion" if "f1_no_emotion" in stored["metrics"] else "act"
+    config["examples"] = {"target": target} | config["examples"]
+    return {"config": config} | _sort_metrics(stored["metrics"])
 
 # %% ../../nbs/core/82_migration.ipynb #m0820022
 def _probes(stored: dict) -> dict:
-    "Migrate the probes of all layers."
+    "Migrate the probes of all layers, or the baselines from context."
     scores = dict(stored["metrics"])
-    details = {key: scores.pop(key) for key in _DETAILS if key in scores}
+    details = {key: scores.pop(key) for key in (*_DETAILS, "transitions") if key in scores}
     return {"config": _nest(stored["config"], _EXAMPLES), "scores": scores, "details": details}
 
 # %% ../../nbs/core/82_migration.ipynb #m0820025
@@ -263,7 +266,8 @@ def _demo(stored: dict) -> dict:
     acts, methods = config.pop("acts"), config.pop("methods")
     own = {key: config[key] for key in _OPTIONS if key in config}
     shared = {key: config[key] for key in ("system", *_DECODING) if key in config}
-    nested = _nest(config, _DEMO) | {"target": "act", "towards": "all" if len(acts) == 4 else acts}
+    nested = {"name": stored["name"]} | _nest(config, _DEMO)
+    nested |= {"target": "act", "towards": "all" if len(acts) == 4 else acts}
     nested |= {"cells": [_cell({"method": name} | own) for name in methods], "seeds": [config["seed"]]}
     nested["contexts"]["share"] = "steer"
     notes = stored.get("notes", "")
@@ -299,6 +303,7 @@ _JOBS: dict[str, tuple[str, tuple[str, ...], Callable[[dict], dict]]] = {  # job
     "evaluation": ("attribute", ("known",), _evaluation),
     "probes": ("attribute", ("settings", "poolings"), _probes),
     "feature-bench": ("attribute", ("loop", "rounds"), _bench),
+    "context-baseline": ("attribute", ("turns",), _probes),
     "prompting": ("prompting", ("systems",), _prompting),
     "demo": ("demo", ("methods", "acts"), _demo),
     "grid": ("perturb", ("cells", "steering"), _grid),

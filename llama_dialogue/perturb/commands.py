@@ -12,20 +12,6 @@ from ..core.jobs import Group, Job, config_option, format_table, job_options, ru
 
 # %% ../../nbs/perturb/80_commands.ipynb #b8000007
 _MODULE = "llama_dialogue.perturb"
-_INPUTS = {"vectors": ("data", "model"), "offsets": ("data", "model", "head")}
-
-
-def _estimation(kind: str, run: str, work) -> Job:
-    "Declare one of the two estimations."
-    return Job(
-        kind,
-        study="perturb",
-        config=f"{_MODULE}.estimation:MakingConfig",
-        run=f"{_MODULE}.estimation:{run}",
-        artefact=kind,
-        inputs=lambda config: [(name, getattr(config, name)) for name in _INPUTS[kind]],
-        work=work,
-    )
 
 
 def _vectors_work(config) -> str:
@@ -35,9 +21,10 @@ def _vectors_work(config) -> str:
 
 def _offsets_work(config) -> str:
     "Say how many replies PPLM makes."
+    most, iterations = config.decoding.max_new_tokens, config.pplm.num_iterations
     return (
-        f"{config.n or 'all'} contexts towards each class: PPLM replies of up to {config.max_new_tokens} tokens, "
-        f"{config.num_iterations} iterations a token"
+        f"{config.n or 'all'} contexts towards each class: PPLM replies of up to {most} tokens, "
+        f"{iterations} iterations a token"
     )
 
 
@@ -55,8 +42,24 @@ def _bench(config, records, progress):
     return bench_perturb(config, records, progress=progress)
 
 
-VECTORS = _estimation("vectors", "fit_vectors", _vectors_work)
-OFFSETS = _estimation("offsets", "fit_offsets", _offsets_work)
+VECTORS = Job(
+    "vectors",
+    study="perturb",
+    config=f"{_MODULE}.configs:FitVectorsConfig",
+    run=f"{_MODULE}.estimation:fit_vectors",
+    artefact="vectors",
+    inputs=lambda config: [("data", config.data), ("model", config.model)],
+    work=_vectors_work,
+)
+OFFSETS = Job(
+    "offsets",
+    study="perturb",
+    config=f"{_MODULE}.configs:FitOffsetsConfig",
+    run=f"{_MODULE}.estimation:fit_offsets",
+    artefact="offsets",
+    inputs=lambda config: [("data", config.data), ("model", config.model), ("head", config.head)],
+    work=_offsets_work,
+)
 BENCH = Job(
     "bench",
     study="perturb",
@@ -85,7 +88,7 @@ def perturb():
 @job_options(VECTORS)
 def _vectors(**options):
     """Take the differences of the classes' mean hidden states as directions."""
-    run_command(VECTORS, options | ({} if options["config_file"] else {"name": "vectors"}))
+    run_command(VECTORS, options)
 
 
 @perturb.command("offsets", short_help="Estimate offsets by running PPLM.")
@@ -96,7 +99,7 @@ def _vectors(**options):
 @job_options(OFFSETS)
 def _offsets(**options):
     """Run PPLM on training contexts and average what it adds to keys and values."""
-    run_command(OFFSETS, options | ({} if options["config_file"] else {"name": "offsets"}))
+    run_command(OFFSETS, options)
 
 
 @click.command("perturb", short_help="Time PPLM against plain decoding.")

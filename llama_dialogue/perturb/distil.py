@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..attribute.head import AttributeHead, check_head
+from ..core.artifacts import artifact_sha256, load_artifact, save_artifact
 from ..core.dialogues import Turn
 from ..core.errors import InputError, check_choice
 from ..core.generation import derive_seed
@@ -26,7 +27,6 @@ from ..core.models import ChatModel
 from .layers import select_layers
 from .pplm import generate_pplm
 from .pplm_config import PPLMConfig
-from .vectors import load_tensors, save_tensors
 from ..prompting.prompts import build_prompt
 
 # %% ../../nbs/perturb/44_distil.ipynb #6351fc89
@@ -82,6 +82,7 @@ class Offsets:
     model_sha: str  # `ChatModel.sha256`
     pplm: dict  # the configuration that they were distilled from
     report: dict  # replies by class, tokens a reply, common share of keys and of values
+    name: str = "unsaved"  # that of their folder
 
 
 _KEPT = ("classes", "layers", "model_sha", "pplm", "report")
@@ -94,17 +95,25 @@ def save_pretrained(
 ) -> Path:
     "Write the offsets into a folder."
     about = {name: getattr(self, name) for name in _KEPT}
-    return save_tensors(folder, "offsets", {"keys": self.keys, "values": self.values}, about)
+    return save_artifact(folder, "offsets", {"keys": self.keys, "values": self.values}, about)
 
 
 @patch(cls_method=True)
 def from_pretrained(
     cls: Offsets,
     folder: Path | str,  # written by `save_pretrained`
+    name: str = "",  # empty: that of the folder
 ):
     "Read offsets back."
-    values = load_tensors(folder, "offsets", ("keys", "values"), _KEPT)
-    return cls(**values | {name: tuple(values[name]) for name in ("classes", "layers")})
+    values = load_artifact(folder, "offsets", ("keys", "values"), _KEPT)
+    values |= {key: tuple(values[key]) for key in ("classes", "layers")}
+    return cls(**{key: values[key] for key in ("keys", "values", *_KEPT)}, name=name or values["name"])
+
+
+@patch(as_prop=True)
+def sha256(self: Offsets) -> str:
+    "Hash of the keys, the values, the classes and the layers."
+    return artifact_sha256(self.keys, self.values, self.classes, self.layers)
 
 # %% ../../nbs/perturb/44_distil.ipynb #a2acbd10
 def distil_offsets(

@@ -101,7 +101,7 @@ def _check_made_for(make: str):
     "Make the check that an artefact was made on the model that it steers."
 
     def check(artefact, chat) -> None:
-        from llama_dialogue.perturb.vectors import check_made_for
+        from llama_dialogue.core.artifacts import check_made_for
 
         check_made_for(chat, artefact.model_sha, make)
 

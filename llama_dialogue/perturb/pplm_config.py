@@ -29,6 +29,8 @@ class PerturbationConfig(Config):
     def __post_init__(self):
         if isinstance(self.layers, str):
             select_layers(self.layers, 32)
+        elif not 0 <= self.layers[0] < self.layers[1]:
+            raise InputError(f"layers={list(self.layers)}: need 0 <= start < stop, e.g. layers=[20, 30]")
         for name in ("num_iterations", "horizon_length"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
         for name in ("step_size", "gamma", "kl_scale", "window_length"):

@@ -13,11 +13,9 @@ from ..core.jobs import Group, Job, config_option, format_table, job_options, ru
 # %% ../../nbs/prompting/80_commands.ipynb #q0000007
 def _work(config) -> str:
     "Count the replies."
-    replies = len(config.systems) * config.n
-    return (
-        f"{len(config.systems)} system prompts x {config.n} contexts = {replies:,} replies "
-        f"of up to {config.max_new_tokens} tokens"
-    )
+    systems, n = len(config.systems), config.contexts.n
+    most = config.decoding.max_new_tokens
+    return f"{systems} system prompts x {n} contexts = {systems * n:,} replies of up to {most} tokens"
 
 
 def _show(result) -> str:
@@ -25,8 +23,8 @@ def _show(result) -> str:
     from llama_dialogue.prompting.comparison import prompting_table
 
     record, _ = result
-    table = format_table(prompting_table(record).to_dict("records"))
-    return f"{record.config['n']} contexts of {record.data['name']}, 95% intervals\n\n{table}\n"
+    contexts, table = record.config["contexts"], prompting_table(record).to_dict("records")
+    return f"{contexts['n']} contexts of {contexts['data']}, 95% intervals\n\n{format_table(table)}\n"
 
 
 PROMPTING = Job(
@@ -34,7 +32,7 @@ PROMPTING = Job(
     study="prompting",
     config="llama_dialogue.prompting.comparison:PromptingConfig",
     run="llama_dialogue.prompting.comparison:run_prompting",
-    inputs=lambda config: [("data", config.data), ("model", config.model)],
+    inputs=lambda config: [("contexts.data", config.contexts.data), ("model", config.model)],
     work=_work,
     show=_show,
 )
@@ -46,8 +44,8 @@ def prompting():
 
 
 @prompting.command("run")
-@config_option("--data", "data")
-@config_option("--n", "n")
+@config_option("--data", "contexts.data")
+@config_option("--n", "contexts.n")
 @config_option("--model", "model")
 @config_option("--seed", "seed")
 @click.option("--out", "old__records", hidden=True)
