@@ -175,7 +175,8 @@ def _run_demo(config, out, records, progress, figures=None):
     import matplotlib.pyplot as plt
 
     from llama_dialogue.compare.demo import run_demo
-    from llama_dialogue.compare.report import compare_cells, plot_control
+    from llama_dialogue.compare.figures import plot_control
+    from llama_dialogue.compare.report import compare_cells
     from llama_dialogue.core.plots import save_figure, set_style
 
     record, grid = run_demo(config, out, records, progress)

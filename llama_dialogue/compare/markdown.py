@@ -71,7 +71,7 @@ def _budget_table(table: pd.DataFrame, ratio: float) -> str:
     out = [label for label in labels.drop_duplicates() if label not in found.index]
     none = [f"No cell within it: {'; '.join(out)}."] if out else []
     if not len(found):
-        return none[0]
+        return none[0] if none else "There is no steered cell."
     shown = pd.DataFrame({"method": found.index, "best cell": found.cell.to_numpy()})
     shown["target accuracy [95%]"] = [str(v) for v in found.accuracy]
     shown["perplexity ratio [95%]"] = [str(v) for v in found.perplexity_ratio]
