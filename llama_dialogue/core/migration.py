@@ -98,19 +98,20 @@ def _probes(stored: dict) -> dict:
     return {"config": _nest(stored["config"], _EXAMPLES), "scores": scores, "details": details}
 
 # %% ../../nbs/core/82_migration.ipynb #m0820025
+_TIMED = _into("pplm", "step_size", "num_iterations")
+
+
 def _bench(stored: dict) -> dict:
-    "Migrate a timing; its config was and is flat."
-    scores = dict(stored["metrics"])
+    "Migrate a timing."
+    scores, config = dict(stored["metrics"]), _nest(stored["config"], _TIMED)
     details = {"n": scores.pop("n")} if "n" in scores else {}
-    return {"scores": scores, "details": details}
+    return {"config": config, "scores": scores, "details": details}
 
 
 _VECTORS = {"part": "share"} | dict.fromkeys(
     ("head", "layers", "step_size", "num_iterations", "max_new_tokens", "max_context"), ""
 )
-_OFFSETS = {"part": "share", "max_new_tokens": "decoding.max_new_tokens"} | _into(
-    "pplm", "layers", "step_size", "num_iterations"
-)
+_OFFSETS = {"part": "share", "max_new_tokens": "decoding.max_new_tokens"} | _TIMED | {"layers": "pplm.layers"}
 
 
 def _vectors(stored: dict) -> dict:
