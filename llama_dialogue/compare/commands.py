@@ -234,7 +234,7 @@ def report(folder, out, as_json):
     """Compare every cell of the scored grid in FOLDER with doing nothing."""
     import json
 
-    from llama_dialogue.compare.report import write_report
+    from llama_dialogue.compare.markdown import write_report
 
     path, table = write_report(folder, out)
     if as_json:
