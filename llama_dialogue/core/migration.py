@@ -304,7 +304,6 @@ _JOBS: dict[str, tuple[str, tuple[str, ...], Callable[[dict], dict]]] = {  # job
     "evaluation": ("attribute", ("known",), _evaluation),
     "probes": ("attribute", ("settings", "poolings"), _probes),
     "feature-bench": ("attribute", ("loop", "rounds"), _bench),
-    "context-baseline": ("attribute", ("turns",), _probes),
     "prompting": ("prompting", ("systems",), _prompting),
     "demo": ("demo", ("methods", "acts"), _demo),
     "grid": ("perturb", ("cells", "steering"), _grid),
