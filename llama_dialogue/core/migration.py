@@ -92,25 +92,26 @@ def _evaluation(stored: dict) -> dict:
 
 # %% ../../nbs/core/82_migration.ipynb #m0820022
 def _probes(stored: dict) -> dict:
-    "Migrate the probes of all layers."
+    "Migrate the probes of all layers, or the baselines from context."
     scores = dict(stored["metrics"])
-    details = {key: scores.pop(key) for key in _DETAILS if key in scores}
+    details = {key: scores.pop(key) for key in (*_DETAILS, "transitions") if key in scores}
     return {"config": _nest(stored["config"], _EXAMPLES), "scores": scores, "details": details}
 
 # %% ../../nbs/core/82_migration.ipynb #m0820025
+_TIMED = _into("pplm", "step_size", "num_iterations")
+
+
 def _bench(stored: dict) -> dict:
-    "Migrate a timing; its config was and is flat."
-    scores = dict(stored["metrics"])
+    "Migrate a timing."
+    scores, config = dict(stored["metrics"]), _nest(stored["config"], _TIMED)
     details = {"n": scores.pop("n")} if "n" in scores else {}
-    return {"scores": scores, "details": details}
+    return {"config": config, "scores": scores, "details": details}
 
 
 _VECTORS = {"part": "share"} | dict.fromkeys(
     ("head", "layers", "step_size", "num_iterations", "max_new_tokens", "max_context"), ""
 )
-_OFFSETS = {"part": "share", "max_new_tokens": "decoding.max_new_tokens"} | _into(
-    "pplm", "layers", "step_size", "num_iterations"
-)
+_OFFSETS = {"part": "share", "max_new_tokens": "decoding.max_new_tokens"} | _TIMED | {"layers": "pplm.layers"}
 
 
 def _vectors(stored: dict) -> dict:
@@ -266,7 +267,8 @@ def _demo(stored: dict) -> dict:
     acts, methods = config.pop("acts"), config.pop("methods")
     own = {key: config[key] for key in _OPTIONS if key in config}
     shared = {key: config[key] for key in ("system", *_DECODING) if key in config}
-    nested = _nest(config, _DEMO) | {"target": "act", "towards": "all" if len(acts) == 4 else acts}
+    nested = {"name": stored["name"]} | _nest(config, _DEMO)
+    nested |= {"target": "act", "towards": "all" if len(acts) == 4 else acts}
     nested |= {"cells": [_cell({"method": name} | own) for name in methods], "seeds": [config["seed"]]}
     nested["contexts"]["share"] = "steer"
     notes = stored.get("notes", "")
