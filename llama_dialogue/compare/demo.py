@@ -9,6 +9,7 @@ __all__ = ['run_demo', 'demo_table', 'side_by_side']
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from ..attribute.judge import Judge
 from .cells import DemoConfig
