@@ -12,6 +12,9 @@ from llama_dialogue.core.migration import cell_label, migrate, migrate_rows
 from llama_dialogue.core.records import RunRecord, load_rows, results_dir, save_rows, start_run
 from llama_dialogue.core.rendered import check_rendered, records_table, rendered_from
 from llama_dialogue.core.statistics import Interval
+from llama_dialogue.perturb.configs import BenchConfig
+
+CONFIGS = results_dir().parents[1] / "configs"
 
 
 @pytest.fixture
@@ -337,7 +340,8 @@ def test_timings():
     old, new = raw("attribute/bench-features"), loaded("attribute/bench-features")
     assert new.scores["batched"] == old["metrics"]["batched"] and new.details["n"]["replies"] == 418
     old, new = raw("perturb/bench"), loaded("perturb/bench")
-    assert new.scores == old["metrics"] and new.config == old["config"] and new.job == "bench"
+    assert new.scores == old["metrics"] and new.job == "bench"
+    assert BenchConfig.from_dict(new.config) == BenchConfig.from_yaml(CONFIGS / "perturb" / "bench.yaml")
     assert new.notes == old["notes"] and new.inputs == {"model": old["model"]}
 
 

@@ -79,7 +79,7 @@ def _sample() -> Corpus:
 def default_head(
     chat: ChatModel,
     target: Target | str = "act",  # or "emotion"
-    system: str = FeatureConfig().system,  # name of the system prompt that replies are read under
+    system: str = FeatureConfig.system,  # name of the system prompt that replies are read under
     progress: bool = True,  # show bars while training
 ) -> AttributeHead:
     "Give the head for a chat model, trained on the sample corpus at the first call."

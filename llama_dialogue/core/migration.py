@@ -98,19 +98,20 @@ def _probes(stored: dict) -> dict:
     return {"config": _nest(stored["config"], _EXAMPLES), "scores": scores, "details": details}
 
 # %% ../../nbs/core/82_migration.ipynb #m0820025
+_TIMED = _into("pplm", "step_size", "num_iterations")
+
+
 def _bench(stored: dict) -> dict:
-    "Migrate a timing; its config was and is flat."
-    scores = dict(stored["metrics"])
+    "Migrate a timing."
+    scores, config = dict(stored["metrics"]), _nest(stored["config"], _TIMED)
     details = {"n": scores.pop("n")} if "n" in scores else {}
-    return {"scores": scores, "details": details}
+    return {"config": config, "scores": scores, "details": details}
 
 
 _VECTORS = {"part": "share"} | dict.fromkeys(
     ("head", "layers", "step_size", "num_iterations", "max_new_tokens", "max_context"), ""
 )
-_OFFSETS = {"part": "share", "max_new_tokens": "decoding.max_new_tokens"} | _into(
-    "pplm", "layers", "step_size", "num_iterations"
-)
+_OFFSETS = {"part": "share", "max_new_tokens": "decoding.max_new_tokens"} | _TIMED | {"layers": "pplm.layers"}
 
 
 def _vectors(stored: dict) -> dict:
@@ -303,7 +304,6 @@ _JOBS: dict[str, tuple[str, tuple[str, ...], Callable[[dict], dict]]] = {  # job
     "evaluation": ("attribute", ("known",), _evaluation),
     "probes": ("attribute", ("settings", "poolings"), _probes),
     "feature-bench": ("attribute", ("loop", "rounds"), _bench),
-    "context-baseline": ("attribute", ("turns",), _probes),
     "prompting": ("prompting", ("systems",), _prompting),
     "demo": ("demo", ("methods", "acts"), _demo),
     "grid": ("perturb", ("cells", "steering"), _grid),

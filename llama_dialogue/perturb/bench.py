@@ -199,7 +199,7 @@ def _random_llama(
     seed: int = 0,
 ) -> ChatModel:  # in bfloat16; its tokens are bytes
     "Build a random Llama on a device."
-    with torch.random.fork_rng(devices=[device] if device != "cpu" else []), torch.device(device):
+    with torch.random.fork_rng([device] if device.startswith("cuda") else []), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
     return ChatModel(model.eval().requires_grad_(False), byte_tokenizer(), "random-llama", "random")

@@ -35,11 +35,18 @@ def _show_bench(record) -> str:
     return format_table(bench_table(record).to_dict("records"))
 
 
-def _bench(config, records, progress):
-    "Run the benchmark."
-    from llama_dialogue.perturb.bench import bench_perturb
+def _large_alone(config) -> bool:
+    "Tell whether only the shape of Llama-2-7b is timed."
+    return set(config.parts) == {"llama_2_7b"}
 
-    return bench_perturb(config, records, progress=progress)
+
+def _bench_work(config) -> str:
+    "Say what is timed."
+    timed = f"{config.repeats} repeats of {config.new_tokens} tokens for"
+    if _large_alone(config):
+        return f"{timed} {config.gpu_dialogues} dialogues in the shape of Llama-2-7b, on a GPU"
+    parts = ", ".join(config.parts) or "all parts that this machine can measure"
+    return f"{parts}: {timed} {config.dialogues} dialogues, and for each of {len(config.sweep)} batch sizes"
 
 
 VECTORS = Job(
@@ -63,13 +70,10 @@ OFFSETS = Job(
 BENCH = Job(
     "bench",
     study="perturb",
-    config=f"{_MODULE}.bench:BenchConfig",
-    run=_bench,
-    inputs=lambda config: [("model", config.model)],
-    work=lambda config: (
-        f"{config.repeats} repeats of {config.new_tokens} tokens for {config.dialogues} dialogues, "
-        f"and for each of {len(config.sweep)} batch sizes"
-    ),
+    config=f"{_MODULE}.configs:BenchConfig",
+    run=f"{_MODULE}.bench:bench_perturb",
+    inputs=lambda config: [] if _large_alone(config) else [("model", config.model)],
+    work=_bench_work,
     show=_show_bench,
 )
 
