@@ -12,12 +12,10 @@ from functools import lru_cache
 import pandas as pd
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from tiny import make_head, make_judge
 
-from llama_dialogue.attribute.configs import JudgeConfig
 from llama_dialogue.attribute.features import encode_replies
-from llama_dialogue.attribute.head import AttributeHead
-from llama_dialogue.attribute.judge import Judge, JudgeNetwork
+from llama_dialogue.attribute.judge import Judge
 from llama_dialogue.compare import scores as scores_module
 from llama_dialogue.compare.annotation import (
     annotation_agreement,
@@ -72,13 +70,6 @@ def make_config(**values):
             "towards": "reference",
         }
         | values
-    )
-
-
-def make_head(seed=5, classes=ACTS, width=64):
-    generator = torch.Generator().manual_seed(seed)
-    return AttributeHead(
-        torch.randn(len(classes), width, generator=generator), torch.zeros(len(classes)), classes
     )
 
 
@@ -333,14 +324,6 @@ def one_encoder():
         yield
 
 
-def make_judge(seed, target="act"):
-    _, words = load_encoder()
-    torch.manual_seed(seed)
-    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    encoder = BertModel(BertConfig(vocab_size=len(words), **size), add_pooling_layer=False)
-    return Judge(JudgeNetwork(encoder, 4, JudgeConfig()), words, JudgeConfig(), target=target)
-
-
 @pytest.fixture(scope="module")
 def judge():
     return make_judge(0)
@@ -474,7 +457,7 @@ def test_scores_need_the_same_data_and_model(scored, copied, judge, tmp_path):
     with pytest.raises(InputError, match="no such file: need the folder of a grid"):
         score_grid(tmp_path / "none", judge=judge)
     with pytest.raises(InputError, match="need one for act"):
-        score_grid(scored, judge=make_judge(0, "emotion"), progress=False)
+        score_grid(scored, judge=make_judge(target="emotion"), progress=False)
 
 
 def test_unlabelled_replies_cannot_be_targets(inputs, judge, tmp_path):
