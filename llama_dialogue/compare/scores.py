@@ -234,6 +234,12 @@ def human_replies(
     )
 
 
+def _tokenize_again(chat: ChatModel, rows: pd.DataFrame) -> pd.DataFrame:
+    "Write the replies of another model as the tokens of the one that scores them."
+    again = zip(encode_replies(chat, rows.reply.tolist()), rows.reply, rows.stopped, strict=True)
+    return rows.assign(token_ids=[(ids if end else ids[:-1]) if text else [] for ids, text, end in again])
+
+
 @dataclass(frozen=True)
 class _ScorePart:
     "Score the rows of one part, or the true replies."
@@ -242,12 +248,16 @@ class _ScorePart:
     out: Path
     seed: int  # of the human rows, which need none
     most: int  # tokens of the true replies that are cut
+    foreign: frozenset[str] = frozenset()  # cells of another model, whose token ids are not the scorer's
 
     def __call__(self, item: WorkItem) -> pd.DataFrame:
         "Add the scores."
         part = item.cell["part"]
         if part not in (HUMAN, _CUT):
-            return self.scorer.score(_read_replies(self.out, part)).drop(columns="token_ids")
+            rows = _read_replies(self.out, part)
+            if rows.cell.iloc[0] in self.foreign:
+                rows = _tokenize_again(self.scorer.chat, rows)
+            return self.scorer.score(rows).drop(columns="token_ids")
         most = self.most if part == _CUT else None
         rows = human_replies(self.scorer.chat, self.scorer.contexts, self.seed, most)
         return self.scorer.score(rows, human=True).drop(columns="token_ids").assign(reply="")
@@ -311,8 +321,8 @@ def _grid_scorer(
     config, contexts = GridConfig.from_dict(about["config"]), grid_contexts(about, data, k)
     judge = _load_judge(judge or config.judge, contexts.target, progress)
     chat = chat or load_chat_model(config.model, "fp32", adapter=config.adapter)
-    own = about["inputs"]["model"]
-    if chat.sha256 != own["sha256"]:
+    own = about["inputs"].get("model")  # none: every cell has its own
+    if own and chat.sha256 != own["sha256"]:
         raise InputError(f"model {chat.name}: not the one that the grid ran on: need {own['name']}")
     if second is not None and not isinstance(second, ChatModel):
         second = load_chat_model(str(second), "fp32")
@@ -378,13 +388,16 @@ def score_grid(
     seed, name, most = config["seeds"][0], config["name"], config["decoding"]["max_new_tokens"]
     readers = {"judge": identity(scorer.judge)}
     readers |= {"second_model": identity(scorer.second)} if scorer.second else {}
+    readers |= {} if "model" in about["inputs"] else {"model": identity(scorer.chat)}
     cells = json.loads((out / "cells.json").read_text(encoding="utf-8"))
     items = _score_items(out, keys, scorer, seed, most, about["inputs"]["data"]["sha256"])
     kept = records is not None
     run = start_run(study, name, config, seed, folder=records, job="grid") if kept else nullcontext()
     with run as record:
         label = f"scoring {name}" if progress else ""
-        run_items(items, _ScorePart(scorer, out, seed, most), out / "scored", progress=label, about=readers)
+        foreign = frozenset(label for label, cell in cells.items() if "model" in cell)
+        work = _ScorePart(scorer, out, seed, most, foreign)
+        run_items(items, work, out / "scored", progress=label, about=readers)
         scores = read_parts(out / "scored")
         save_rows(scores, out / "scores.parquet")
         if record is not None:
