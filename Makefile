@@ -25,7 +25,7 @@ demo: $(READY) ## steer real replies towards each act: a table and a figure
 	$(BIN)/llama-dialogue demo
 
 test: $(READY) lint sync ## everything that CI runs
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 	$(MAKE) --no-print-directory docs
 
 test-slow: $(READY) ## the slow tests, and the notebook cells flagged slow

@@ -1,3 +1,24 @@
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
+
+
+@pytest.fixture(scope="session")
+def two_workers():
+    """Ray with two workers, started once; its address."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    for patience in (2, 1, 0):  # on a busy machine Ray itself gives up after 30 seconds
+        try:
+            own = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 2**27}
+            session = ray.init("local", num_cpus=2, **own)
+            break
+        except Exception as error:
+            ray.shutdown()
+            if not patience or "timed out during startup" not in str(error):
+                raise
+    yield session.address_info["gcs_address"]
+    ray.shutdown()

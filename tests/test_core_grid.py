@@ -308,32 +308,22 @@ def test_ray_that_is_not_installed(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def two_workers():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+def ray_workers(two_workers):
+    """Workers cannot import a test: they get what it defines by value."""
     import ray
 
-    for patience in (2, 1, 0):  # on a busy machine Ray itself gives up after 30 seconds
-        try:
-            own = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 2**27}
-            session = ray.init("local", num_cpus=2, **own)
-            break
-        except Exception as error:
-            ray.shutdown()
-            if not patience or "timed out during startup" not in str(error):
-                raise
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
-    yield session.address_info["gcs_address"]
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield two_workers
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    ray.shutdown()
 
 
-def test_ray_survives_the_death_of_a_worker(out, log, two_workers):
+def test_ray_survives_the_death_of_a_worker(out, log, ray_workers):
     summary = run_items(make_items(4), Work(log, dies_at=1), out, engine="ray")
     assert summary.computed == 4 and sorted(begun(log)) == [0, 1, 1, 2, 3]
     assert read_parts(out)["number"].tolist() == all_rows(4)
 
 
-def test_ray_gives_up_on_a_worker_that_always_dies(out, log, two_workers, monkeypatch):
+def test_ray_gives_up_on_a_worker_that_always_dies(out, log, ray_workers, monkeypatch):
     monkeypatch.setattr(grid, "_RETRIES", 0)
     with pytest.raises(MachineError, match="its worker died 1 times"):
         run_items(make_items(2), Work(log, dies_at=1), out, engine="ray")
@@ -351,13 +341,13 @@ print(read_parts(sys.argv[1])["number"].tolist())
 """
 
 
-def test_a_cluster_by_its_address(out, two_workers):
-    command = [sys.executable, "-c", ON_A_CLUSTER, str(out), two_workers]
+def test_a_cluster_by_its_address(out, ray_workers):
+    command = [sys.executable, "-c", ON_A_CLUSTER, str(out), ray_workers]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["3", "[0, 1, 2]"], done.stderr
 
 
-def test_ray_hands_an_input_error_back(out, two_workers):
+def test_ray_hands_an_input_error_back(out, ray_workers):
     def wrong(item):
         from llama_dialogue.core.errors import InputError
 

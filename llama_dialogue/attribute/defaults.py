@@ -27,7 +27,7 @@ from .head import AttributeHead, fit_head
 from .judge import Judge, turn_examples
 from ..core.classification import drop_train_duplicates, score_predictions, target_labels
 from ..core.dialogues import Corpus, Example, load_corpus, make_examples, select_share
-from ..core.errors import InputError, check_choice
+from ..core.errors import InputError
 from ..core.fingerprints import Fingerprints
 from ..core.models import ChatModel
 from ..core.paths import cache_dir, lock, sha256_text
@@ -76,14 +76,24 @@ def _sample() -> Corpus:
     return load_corpus("sample")
 
 # %% ../../nbs/attribute/50_defaults.ipynb #24a023c5
+def _check_labelled(target: Target) -> None:
+    "Refuse a target that the sample corpus has no labels of."
+    if not any(target.label(turn) for dialogue in _sample() for turn in dialogue.turns):
+        raise InputError(
+            f"target={target.name!r}: the sample corpus is not labelled for it: need a head or a judge of your "
+            f"own, e.g. --set inputs.head=runs/head or --set judge=runs/judge"
+        )
+
+
 def default_head(
     chat: ChatModel,
     target: Target | str = "act",  # or "emotion"
-    system: str = FeatureConfig().system,  # name of the system prompt that replies are read under
+    system: str = FeatureConfig.system,  # name of the system prompt that replies are read under
     progress: bool = True,  # show bars while training
 ) -> AttributeHead:
     "Give the head for a chat model, trained on the sample corpus at the first call."
     target = get_target(target)
+    _check_labelled(target)
     options = {"kind": "head", "target": target.name, "system": system, "model": chat.sha256}
     options |= {"dtype": str(chat.dtype), "data": _sample().sha256, "prefixes": _PREFIXES}
     return cached_default(
@@ -176,7 +186,8 @@ def default_judge(
 ) -> Judge:
     "Give the judge, trained on the sample corpus at the first call."
     target = get_target(target)
-    config = _JUDGES[check_choice("target", target.name, _JUDGES)]
+    _check_labelled(target)
+    config = _JUDGES.get(target.name, JudgeConfig())
     options = {"kind": "judge", "config": {"target": target.name} | config.to_dict()}
     options |= {"data": _sample().sha256, "classes": target.classes}
     return cached_default(

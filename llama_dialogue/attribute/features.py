@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURES_VERSION', 'layer_index', 'many_features', 'encode_replies', 'reply_features', 'example_prompts',
-           'example_features', 'FeatureStore', 'random_prefixes', 'corpus_features']
+           'example_features', 'random_prefixes', 'corpus_features']
 
 # %% ../../nbs/attribute/10_features.ipynb #6aaaf9f1
 import copy
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from .configs import BATCH_TOKENS, POOLINGS, FeatureConfig
+from .configs import POOLINGS, FeatureConfig
 from ..core.dialogues import Example
 from ..core.errors import InputError, check_choice
 from ..core.generation import stop_token_ids
@@ -210,7 +210,7 @@ def many_features(
     layers: Sequence[int | None] = (None,),  # S layers
     poolings: Sequence[str] = ("steering",),
     prefixes: Int[Tensor, "N K"] | None = None,  # tokens of K prefixes, pooled as the first pooling
-    batch_tokens: int = BATCH_TOKENS,  # tokens of a batch, padding included
+    batch_tokens: int = FeatureConfig.batch_tokens,  # tokens of a batch, padding included
     progress: str = "",  # label of a progress bar; empty: none
 ) -> Float[Tensor, "N S R E"]:  # R = poolings + K, float32, on the CPU
     "Make the features of replies in their prompts."
@@ -256,7 +256,7 @@ def reply_features(
     token_ids: Sequence[Sequence[int]],  # [N] replies, with or without the stop token
     layer: int | None = None,  # 0..L; None or L: final state after the norm
     pooling: str = "steering",  # one of `POOLINGS`
-    batch_tokens: int = BATCH_TOKENS,  # tokens of a batch, padding included
+    batch_tokens: int = FeatureConfig.batch_tokens,  # tokens of a batch, padding included
     progress: str = "",  # label of a progress bar; empty: none
 ) -> Float[Tensor, "N E"]:  # float32, on the CPU
     "Make one feature a reply."
@@ -268,7 +268,7 @@ def reply_features(
 def example_prompts(
     chat: ChatModel,
     examples: Sequence[Example],
-    system: str = "speaker",  # name of a system prompt
+    system: str = FeatureConfig.system,  # name of a system prompt
     alone: bool = False,  # the reply without its context
 ) -> list[str]:
     "Build the prompts in which replies are read."
@@ -282,8 +282,8 @@ def example_features(
     examples: Sequence[Example],
     layer: int | None = None,  # 0..L; None or L: final state after the norm
     pooling: str = "steering",  # one of `POOLINGS`
-    system: str = "speaker",  # name of a system prompt
-    batch_tokens: int = BATCH_TOKENS,  # tokens of a batch, padding included
+    system: str = FeatureConfig.system,  # name of a system prompt
+    batch_tokens: int = FeatureConfig.batch_tokens,  # tokens of a batch, padding included
     progress: str = "",  # label of a progress bar; empty: none
 ) -> Float[Tensor, "N E"]:  # float32, on the CPU
     "Make one feature an example: its reply, read in its context."
@@ -293,7 +293,7 @@ def example_features(
 
 # %% ../../nbs/attribute/10_features.ipynb #91f337d0
 @dataclass(frozen=True)
-class FeatureStore:
+class _FeatureStore:
     "Features of N examples, in shards on disk."
 
     folder: Path
@@ -360,7 +360,7 @@ def corpus_features(
     config: FeatureConfig | None = None,
     folder: Path | str | None = None,  # None: in the cache, by the hash of all that matters
     progress: str = "",  # label of a progress bar; empty: none
-) -> FeatureStore:
+) -> _FeatureStore:
     "Make and store the features of many examples, shard by shard; what is there is kept."
     config = config or FeatureConfig()
     if not examples:
@@ -399,4 +399,4 @@ def corpus_features(
                         {f"layer{n}": features[:, s].contiguous() for s, n in enumerate(layers)}, temporary
                     )
             bar.update(len(examples[part]))
-    return FeatureStore(folder, len(starts), config, layers)
+    return _FeatureStore(folder, len(starts), config, layers)

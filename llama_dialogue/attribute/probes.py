@@ -15,7 +15,7 @@ from matplotlib.pyplot import subplots
 from torch import Tensor
 from tqdm import tqdm
 
-from .configs import BATCH_TOKENS, POOLINGS, SETTINGS, FeatureConfig
+from .configs import POOLINGS, SETTINGS, FeatureConfig
 from .features import corpus_features, layer_index
 from .head import fit_head
 from ..core.classification import score_predictions, target_labels
@@ -39,8 +39,8 @@ def probe_layers(
     layers: Sequence[int] | None = None,  # 0..L; None: all of them
     poolings: Sequence[str] = POOLINGS,
     settings: Sequence[str] = SETTINGS,  # "chat", "alone" or both
-    system: str = FeatureConfig().system,  # name of the system prompt
-    batch_tokens: int = BATCH_TOKENS,
+    system: str = FeatureConfig.system,  # name of the system prompt
+    batch_tokens: int = FeatureConfig.batch_tokens,
     progress: bool = False,  # show bars
 ) -> pd.DataFrame:  # setting, pooling, layer, balanced_accuracy, macro_f1 (Intervals), validation_accuracy
     "Train a probe on every layer, pooling and setting."

@@ -175,7 +175,8 @@ def _run_demo(config, out, records, progress, figures=None):
     import matplotlib.pyplot as plt
 
     from llama_dialogue.compare.demo import run_demo
-    from llama_dialogue.compare.report import compare_cells, plot_control
+    from llama_dialogue.compare.figures import plot_control
+    from llama_dialogue.compare.report import compare_cells
     from llama_dialogue.core.plots import save_figure, set_style
 
     record, grid = run_demo(config, out, records, progress)
@@ -234,7 +235,7 @@ def report(folder, out, as_json):
     """Compare every cell of the scored grid in FOLDER with doing nothing."""
     import json
 
-    from llama_dialogue.compare.report import write_report
+    from llama_dialogue.compare.markdown import write_report
 
     path, table = write_report(folder, out)
     if as_json:

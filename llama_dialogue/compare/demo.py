@@ -15,7 +15,8 @@ from ..attribute.judge import Judge
 from .cells import DemoConfig
 from .grid import run_grid
 from .methods import SteeringInputs
-from .report import ScoredGrid, compare_cells, read_scores
+from .report import compare_cells
+from .scored import ScoredGrid, read_scores
 from .scores import is_human, score_grid
 from ..core.dialogues import load_corpus
 from ..core.models import ChatModel

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,9 @@ def grid_rows(
     return [(example, target.label(example.reply)) for example in examples]
 
 # %% ../../nbs/compare/40_grid.ipynb #cg000010
-@lru_cache(maxsize=1)
+@cache
 def _worker_model(name: str, dtype: str, adapter: str | None, sha256: str) -> ChatModel:
-    "Load a worker's model once."
+    "Load a worker's model, once."
     chat = load_chat_model(name, dtype, adapter=adapter)
     if chat.sha256 != sha256:
         raise InputError(
@@ -137,10 +137,17 @@ class GridPlan:
     about: dict  # for the manifest
 
 
+def _own_model(config: GridConfig, cell: Cell) -> bool:
+    "Tell whether a cell runs on another model than its grid."
+    return (cell.model, cell.adapter) != (config.model, config.adapter)
+
+
 def _load_cells(
     config: GridConfig, cells: list[Cell], target: Target, chat, inputs, keep_chat: bool, progress: bool
 ) -> dict[str, _Loaded]:  # by label
     "Load each model once, and for each what its cells steer with; check every cell."
+    if chat is not None and (others := [c for c in cells if _own_model(config, c)]):
+        raise InputError(f"chat given, and cell {others[0].label!r} has its own model: leave chat out")
     found, loaded = {}, {}
     for cell in cells:
         key = json.dumps([cell.model, cell.adapter, cell.inputs], sort_keys=True)
@@ -170,11 +177,16 @@ def _input_shas(cell: Cell, loaded: _Loaded) -> dict[str, str]:
 
 def _about(config: GridConfig, corpus, cells: list[Cell], loaded: Mapping[str, _Loaded]) -> dict:
     "Say in the manifest what the grid is and what it was made with."
-    first = loaded[cells[0].label]
-    used = {"model": {"name": first.name, "sha256": first.sha256}, "data": identity(corpus)}
+    first, used = loaded[cells[0].label], {}
     for cell in cells:
-        for name in _input_shas(cell, loaded[cell.label]):
-            used.setdefault(name, identity(loaded[cell.label].inputs.get(name)))
+        own = loaded[cell.label]
+        things = {"model": {"name": own.name, "sha256": own.sha256}}
+        things |= {name: identity(own.inputs.get(name)) for name in _input_shas(cell, own)}
+        for role, thing in things.items():
+            if thing["sha256"] not in [known["sha256"] for known in used.values()]:
+                another = role in used or _own_model(config, cell)
+                used[f"{role} of {cell.label}" if another else role] = thing
+    used["data"] = identity(corpus)
     about = {"config": config.to_dict(), "inputs": used, "dtype": first.dtype, "versions": package_versions()}
     return about | {"git_commit": git_commit(), "machine": machine()}
 
@@ -209,6 +221,11 @@ def plan_grid(
     return GridPlan(items, work, _about(config, corpus, cells, loaded))
 
 # %% ../../nbs/compare/40_grid.ipynb #cg000017
+def _model_of(config: GridConfig, cell: Cell) -> dict:
+    "Name the model of a cell that has its own."
+    return {n: getattr(cell, n) for n in ("model", "adapter") if getattr(cell, n) != getattr(config, n)}
+
+
 def run_grid(
     config: GridConfig,
     out: Path | str,  # folder of the grid
@@ -224,7 +241,7 @@ def run_grid(
     if chat is not None and engine != "local":
         raise InputError(f"chat with engine={engine!r}: its workers load the model by name: leave chat out")
     plan = plan_grid(config, chat, inputs, engine == "local", progress)
-    cells = {label: cell.to_dict() for label, cell in plan.work.cells.items()}
+    cells = {label: cell.to_dict() | _model_of(config, cell) for label, cell in plan.work.cells.items()}
     with atomic_file(Path(out) / "cells.json") as temporary:
         temporary.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     label = config.name if progress else ""

@@ -128,6 +128,9 @@ class Method:
     config: type[Config]  # of its options
     run: Callable[[SteeringRequest], Any]  # -> `Generations`
     needs: Callable[[Any], tuple[Input, ...]] = _no_needs  # options -> inputs
+    check: Callable[[Any, Any, SteeringInputs], None] | None = (
+        None  # (options, chat model, inputs); None: all fit
+    )
     describe: Callable[[Mapping], str] | None = None  # the options that were set -> a label; None: one by one
     costly: tuple[str, ...] = ()  # options that decide what a token costs
     wraps: Callable[[Any], str] | None = None  # options -> the method whose replies it chooses from
@@ -196,7 +199,7 @@ def check_inputs(
     classes: Sequence[str],  # those that are asked for
     options: Mapping[str, dict],
 ) -> None:
-    "Refuse a method whose inputs are missing or do not fit."
+    "Refuse a method whose inputs are missing or do not fit, and options that the model cannot serve."
     for need in all_needs(method, options).values():
         artefact = inputs.get(need.name)
         if artefact is None:
@@ -209,6 +212,16 @@ def check_inputs(
                 f"{need.name} for {', '.join(artefact.classes)}, used for {missing[0]!r}: need one made for it, "
                 f"e.g. {need.make}"
             )
+    _check_options(method, chat, inputs, options)
+
+
+def _check_options(method: Method, chat, inputs: SteeringInputs, options: Mapping[str, dict]) -> None:
+    "Refuse options that a model cannot serve, also those of a wrapped method."
+    own = resolve_options(method, options)
+    if method.check:
+        method.check(own, chat, inputs)
+    if method.wraps:
+        _check_options(get_method(method.wraps(own)), chat, inputs, options)
 
 # %% ../../nbs/compare/10_methods.ipynb #cm000029
 def steer(

@@ -58,7 +58,7 @@ def _minhash(
     return signatures
 
 # %% ../../nbs/core/36_fingerprints.ipynb #fp000012
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fingerprints:
     "Hashes of N different texts."
 
@@ -77,6 +77,9 @@ class Fingerprints:
 
     def __len__(self) -> int:
         return len(self.hashes)
+
+    def __repr__(self) -> str:
+        return f"Fingerprints of {len(self):,} texts"
 
 # %% ../../nbs/core/36_fingerprints.ipynb #fp000015
 @patch

@@ -16,6 +16,7 @@ from llama_dialogue.perturb.configs import (
     PPLMOptions,
     VectorOptions,
 )
+from .layers import select_layers
 from .pplm_config import PerturbationConfig, PPLMConfig
 
 # %% ../../nbs/perturb/50_methods.ipynb #mm000007
@@ -79,12 +80,18 @@ def _describe_pplm(told: dict) -> str:
     return ", ".join(["PPLM", *parts, *iterations])
 
 
+def _check_layers(options: PPLMOptions, chat, inputs) -> None:
+    "Refuse layers that the model does not have."
+    select_layers(options.layers, chat.num_layers)
+
+
 PPLM = Method(
     "pplm",
     "PPLM",
     PPLMOptions,
     _pplm,
     needs=lambda options: (HEAD,),
+    check=_check_layers,
     describe=_describe_pplm,
     costly=("layers", "num_iterations"),
 )
@@ -124,13 +131,23 @@ VECTORS = Input(
 )
 
 # %% ../../nbs/perturb/50_methods.ipynb #mm000017
+def _vector_layer(options: VectorOptions, chat) -> int:
+    "Choose the layer: the one that was set, else after five sixths of them."
+    return max(1, 5 * chat.num_layers // 6) if options.layer is None else options.layer
+
+
+def _check_layer(options: VectorOptions, chat, inputs) -> None:
+    "Refuse a layer that the vectors are not of."
+    inputs.vectors.vector(inputs.vectors.classes[0], _vector_layer(options, chat))
+
+
 def _vector(request: SteeringRequest):
     "Add a vector to what one layer gives, each row that of its class."
     from llama_dialogue.perturb.vectors import vector_edit
 
-    options, layers = request.options(VECTOR), request.chat.num_layers
-    layer = max(1, 5 * layers // 6) if options.layer is None else options.layer
-    return _edited(request, vector_edit(request.chat, request.inputs.vectors, layer, options.strength))
+    options, chat = request.options(VECTOR), request.chat
+    layer = _vector_layer(options, chat)
+    return _edited(request, vector_edit(chat, request.inputs.vectors, layer, options.strength))
 
 
 def _edited(request: SteeringRequest, edit):
@@ -149,7 +166,9 @@ def _edited(request: SteeringRequest, edit):
     )
 
 
-VECTOR = Method("vector", "steering vector", VectorOptions, _vector, needs=lambda options: (VECTORS,))
+VECTOR = Method(
+    "vector", "steering vector", VectorOptions, _vector, needs=lambda options: (VECTORS,), check=_check_layer
+)
 
 # %% ../../nbs/perturb/50_methods.ipynb #mm000020
 def _load_offsets(folder: str):
