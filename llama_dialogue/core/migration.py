@@ -238,10 +238,10 @@ _GRID |= {"context_seed": "contexts.seed", "targets": "towards"}
 def _grid(stored: dict) -> dict:
     "Migrate a grid that was scored."
     config, metrics = dict(stored["config"]), stored["metrics"]
-    steering, groups = dict(config.pop("steering", {})), config.pop("cells")
-    best = {key: steering.pop(key) for key in ("best_of",) if key in steering}
+    steering, groups = config.pop("steering", {}), config.pop("cells")
+    best = {key: value for key, value in steering.items() if key == "best_of"}
     rows = config["shard_size"] * (4 if config["targets"] == "all" else 1)
-    config |= {"batch_size": rows} | steering | {"target": "act"}
+    config |= {"batch_size": rows} | {k: v for k, v in steering.items() if k not in best} | {"target": "act"}
     config = {key: value for key, value in config.items() if value is not None}
     nested = _nest(config, _GRID | _DECODING | _OPTIONS) | {"cells": [_cell(best | g) for g in groups]}
     nested["contexts"]["share"] = "steer"
