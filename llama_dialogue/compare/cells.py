@@ -42,7 +42,7 @@ class GridConfig(SteeringConfig):
     towards: str = "all"  # "all": each context towards each class; "reference": towards its true reply's
     contexts: ContextConfig = ContextConfig()
     seeds: tuple[int, ...] = (0,)  # of the replies
-    shard_size: int = 8  # dialogues that are steered together
+    shard_size: int = 8  # dialogues of a part; decoding.batch_size says how many rows are steered together
     model: str = "smollm2-135m"
     dtype: str = "auto"
     adapter: str | None = None  # folder of a PEFT adapter on the model

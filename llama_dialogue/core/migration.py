@@ -239,10 +239,11 @@ def _grid(stored: dict) -> dict:
     "Migrate a grid that was scored."
     config, metrics = dict(stored["config"]), stored["metrics"]
     steering, groups = config.pop("steering", {}), config.pop("cells")
-    common = {key: value for key, value in steering.items() if key in _OPTIONS}
-    config |= {key: value for key, value in steering.items() if key not in _OPTIONS} | {"target": "act"}
+    best = {key: value for key, value in steering.items() if key == "best_of"}
+    rows = config["shard_size"] * (4 if config["targets"] == "all" else 1)
+    config |= {"batch_size": rows} | {k: v for k, v in steering.items() if k not in best} | {"target": "act"}
     config = {key: value for key, value in config.items() if value is not None}
-    nested = _nest(config, _GRID | _DECODING) | {"cells": [_cell(common | group) for group in groups]}
+    nested = _nest(config, _GRID | _DECODING | _OPTIONS) | {"cells": [_cell(best | g) for g in groups]}
     nested["contexts"]["share"] = "steer"
     inputs = {"model": stored["model"], "data": stored["data"]}
     inputs |= _steering_inputs(metrics.get("steerers", {}), config)
@@ -258,7 +259,7 @@ def _grid(stored: dict) -> dict:
     }
 
 # %% ../../nbs/core/82_migration.ipynb #m0820046
-_DEMO = _CONTEXTS | _DECODING | {"seed": "contexts.seed"} | dict.fromkeys(_OPTIONS, "")
+_DEMO = _CONTEXTS | _DECODING | _OPTIONS | {"seed": "contexts.seed", "best_of": ""}
 
 
 def _demo(stored: dict) -> dict:
@@ -269,7 +270,8 @@ def _demo(stored: dict) -> dict:
     shared = {key: config[key] for key in ("system", *_DECODING) if key in config}
     nested = {"name": stored["name"]} | _nest(config, _DEMO)
     nested |= {"target": "act", "towards": "all" if len(acts) == 4 else acts}
-    nested |= {"cells": [_cell({"method": name} | own) for name in methods], "seeds": [config["seed"]]}
+    best = {key: own[key] for key in ("best_of",) if key in own}
+    nested |= {"cells": [_cell({"method": name} | best) for name in methods], "seeds": [config["seed"]]}
     nested["contexts"]["share"] = "steer"
     notes = stored.get("notes", "")
     hashes = notes.removeprefix("sha256: ").split(", ") if notes.startswith("sha256: ") else []
