@@ -1,9 +1,13 @@
 import functools
 import os
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
+beside = Path(__file__).resolve().parents[2] / "shared" / "data"  # corpora that lie beside the checkout
+if beside.is_dir() and not os.environ.get("LLAMA_DIALOGUE_DATA"):
+    os.environ["LLAMA_DIALOGUE_DATA"] = str(beside)
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ from llama_dialogue.core.grid import read_parts
 from llama_dialogue.core.metrics import reply_nll
 from llama_dialogue.core.models import load_encoder, tiny_chat_model
 from llama_dialogue.core.paths import checkout_dir
-from llama_dialogue.core.records import RunRecord, load_rows
+from llama_dialogue.core.records import RunRecord, load_rows, results_dir
 from llama_dialogue.core.targets import ACT, ACTS
 from llama_dialogue.perturb.layers import select_layers
 from llama_dialogue.prompting.prompts import build_prompt
@@ -114,6 +114,21 @@ def test_the_original_study_s_grid():
     ):
         found = [select_layers(own["layers"], num_layers) for own in steered]
         assert {(layers.start, layers.stop) for layers in found} == ranges
+
+
+@pytest.mark.parametrize(
+    "name", ["perturb/screen-dailydialog", "perturb/test-dailydialog", "demo/dailydialog"]
+)
+def test_the_cells_of_a_record_follow_from_its_config(name):
+    record = RunRecord.load(results_dir() / f"{name}.json")
+    cells = expand_cells(GridConfig.from_dict(record.config))
+    assert [cell.label for cell in cells] == list(record.details["cells"])
+    for cell, kept in zip(cells, record.details["cells"].values(), strict=True):
+        own = cell.to_dict()
+        if "pplm" in own:
+            own["pplm"]["batch_size"] = own["pplm"]["batch_size"] or own["decoding"]["batch_size"]
+        for key, value in kept.items():
+            assert own[key] == (own[key] | value if isinstance(value, dict) else value), (cell.label, key)
 
 
 def test_cells_are_not_repeated():

@@ -440,10 +440,11 @@ def test_options_that_a_grid_shared_go_to_the_methods_that_have_them():
         "cells": [{"method": "none"}, {"method": "pplm", "step_size": [0.1, 0.2]}, {"method": "best_of_n"}],
     }
     config = migrate(old)["config"]
-    assert config["system"] == "friend" and config["decoding"] == {"max_new_tokens": 24}
+    assert config["system"] == "friend" and config["pplm"] == {"gm_scale": 0.9}
+    assert config["decoding"] == {"max_new_tokens": 24, "batch_size": 100}, "all rows of a part, as they ran"
     assert config["cells"] == [
         {"method": "none"},
-        {"method": "pplm", "pplm": {"gm_scale": 0.9, "step_size": [0.1, 0.2]}},
+        {"method": "pplm", "pplm": {"step_size": [0.1, 0.2]}},
         {"method": "best_of_n", "best_of_n": {"of": "none", "n": 4}},
     ]
 
