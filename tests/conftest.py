@@ -1,3 +1,4 @@
+import functools
 import os
 from pathlib import Path
 
@@ -26,3 +27,17 @@ def two_workers():
                 raise
     yield session.address_info["gcs_address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_chat():
+    """Tiny chat models by family and dtype (float64 unless given), each built once; no test may change one."""
+    import torch
+
+    from llama_dialogue.core.models import tiny_chat_model
+
+    @functools.cache
+    def get(family="llama", dtype=torch.float64):
+        return tiny_chat_model(family, dtype=dtype)
+
+    return get

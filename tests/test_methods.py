@@ -1,5 +1,6 @@
-"""Steering vectors, guided decoding and distilled offsets equal their plain definitions, and leave no trace."""
+"""Steering vectors, guided decoding and offsets equal their plain definitions, and leave no trace."""
 
+import functools
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,31 +11,33 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llama_dialogue.attribute.features import reply_features
 from llama_dialogue.attribute.head import AttributeHead
+from llama_dialogue.compare.methods import SteeringConfig, SteeringInputs, get_method, resolve_options, steer
 from llama_dialogue.core.dialogues import Turn, balanced_sample, load_corpus, make_examples
 from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.generation import GenerationConfig, Generations, best_of_n, derive_seed, generate
 from llama_dialogue.core.models import tiny_chat_model
 from llama_dialogue.core.targets import ACTS
 from llama_dialogue.perturb.cache import attention_by
+from llama_dialogue.perturb.configs import GuidedConfig
 from llama_dialogue.perturb.distil import (
     Offsets,
+    _rotary_factors,
+    _rotate,
+    _total_perturbation,
+    _unrotate,
     added_offsets,
     distil_offsets,
-    rotary_factors,
-    rotate,
-    total_perturbation,
-    unrotate,
 )
-from llama_dialogue.perturb.guided import GuidedConfig, generate_guided, reference_guided
-from llama_dialogue.perturb.methods import METHODS, NEEDS, SteeringConfig, SteeringInputs, steer
-from llama_dialogue.perturb.pplm import PPLMConfig, generate_pplm
+from llama_dialogue.perturb.guided import generate_guided, reference_guided
+from llama_dialogue.perturb.pplm import generate_pplm
+from llama_dialogue.perturb.pplm_config import PPLMConfig
 from llama_dialogue.perturb.vectors import (
     SteeringVectors,
     added_vector,
     steering_vectors,
     vector_edit,
 )
-from llama_dialogue.prompting.prompts import build_prompt
+from llama_dialogue.prompting.prompts import build_prompt, class_instruction
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma")
 TEXTS = ["Why?", "The kettle is on the stove.", "No.", "Who on earth painted the gate pink, and when?", "Mm"]
@@ -53,14 +56,17 @@ def make_chat(family="llama", dtype=torch.float64):
     return chat
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+ready = functools.cache(make_chat)  # no test may change one
+
+
+@pytest.fixture(params=FAMILIES)
 def chat(request):
-    return make_chat(request.param)
+    return ready(request.param)
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return make_chat()
+    return ready()
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +319,7 @@ def test_guided_targets_of_one_prompt(llama, head):
 @pytest.mark.parametrize("options", [{}, {"sample": False}, {"repetition_penalty": 1.3, "temperature": 0.8}])
 def test_no_strength_is_plain_decoding(head, dtype, options):
     for family in FAMILIES:
-        chat = make_chat(family, dtype)
+        chat = ready(family, dtype)
         guided = GuidedConfig(max_new_tokens=8, strength=0.0, batch_size=3, **options)
         out = generate_guided(chat.model, chat.tokenizer, PROMPTS, LABELS, head, guided, seed=2)
         plain = GenerationConfig(max_new_tokens=8, **options)
@@ -354,9 +360,9 @@ def test_a_head_that_breaks_stops_its_rows_only(llama, head):
     out = generate_guided(llama.model, llama.tokenizer, PROMPTS[:3], [0, 3, 1], broken, config)
     assert out.failed == [False, True, False]
     assert [len(ids) for ids in out.token_ids] == [3, 0, 3]
-    said = steer(
-        "guided", llama, broken, CONTEXTS[:2], ["inform", "commissive"], SteeringConfig(max_new_tokens=2)
-    )
+    config = SteeringConfig(decoding=GenerationConfig(max_new_tokens=2))
+    names = ["inform", "commissive"]
+    said = steer("guided", llama, CONTEXTS[:2], names, SteeringInputs(head=broken), config)
     assert said.failed == [False, True]
 
 
@@ -386,17 +392,17 @@ def test_guided_needs_room(llama, head):
         generate_guided(mistral.model, mistral.tokenizer, PROMPTS, LABELS, head)
 
 
-# --- distilled offsets
+# --- offsets
 
 
 def test_turning_keys_there_and_back(chat):
-    cos, sin = rotary_factors(chat.model, 300, torch.float64)
+    cos, sin = _rotary_factors(chat.model, 300, torch.float64)
     keys = torch.randn(2, 3, 300, 16, dtype=torch.float64)
-    assert torch.allclose(unrotate(rotate(keys, cos, sin), cos, sin), keys, atol=1e-12, rtol=0)
+    assert torch.allclose(_unrotate(_rotate(keys, cos, sin), cos, sin), keys, atol=1e-12, rtol=0)
     assert torch.allclose(
-        unrotate(rotate(keys, 2 * cos, 2 * sin), 2 * cos, 2 * sin), keys, atol=1e-12, rtol=0
+        _unrotate(_rotate(keys, 2 * cos, 2 * sin), 2 * cos, 2 * sin), keys, atol=1e-12, rtol=0
     )
-    assert not torch.allclose(rotate(keys, cos, sin), keys)
+    assert not torch.allclose(_rotate(keys, cos, sin), keys)
 
 
 def test_offsets_equal_adding_to_the_cache_by_hand(chat):
@@ -404,8 +410,8 @@ def test_offsets_equal_adding_to_the_cache_by_hand(chat):
 
     def by_hand(module, query, key, value, attention_mask, **kwargs):
         i = offsets.layers.index(module.layer_idx)
-        cos, sin = rotary_factors(chat.model, key.shape[2], torch.float64)
-        key = key + 1.5 * rotate(offsets.keys[1, i][:, None].expand(-1, len(cos), -1), cos, sin)
+        cos, sin = _rotary_factors(chat.model, key.shape[2], torch.float64)
+        key = key + 1.5 * _rotate(offsets.keys[1, i][:, None].expand(-1, len(cos), -1), cos, sin)
         value = value + 1.5 * offsets.values[1, i][:, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -434,8 +440,8 @@ def test_the_cache_of_one_layer_moves_by_the_turned_offset(chat):
     for edit in (nullcontext(), added_offsets(chat.model, offsets, ["inform"], 2.0)):
         with edit, torch.no_grad():
             caches.append(chat.model(ids, use_cache=True).past_key_values.layers)
-    cos, sin = rotary_factors(chat.model, ids.shape[1], torch.float64)
-    turned = rotate(offsets.keys[0, 0][:, None].expand(-1, ids.shape[1], -1), cos, sin)
+    cos, sin = _rotary_factors(chat.model, ids.shape[1], torch.float64)
+    turned = _rotate(offsets.keys[0, 0][:, None].expand(-1, ids.shape[1], -1), cos, sin)
     assert torch.allclose(caches[1][3].keys - caches[0][3].keys, 2 * turned[None], atol=1e-9)
     assert torch.allclose(
         caches[1][3].values - caches[0][3].values, 2 * offsets.values[0, 0][None, :, None], atol=1e-9
@@ -462,7 +468,7 @@ def test_offsets_are_undone(chat):
 
 def test_total_perturbation_sums_what_covered_a_position():
     deltas = [torch.randn(1, 2, 2, length, 4) for length in (3, 4, 5)]
-    total = total_perturbation(deltas)
+    total = _total_perturbation(deltas)
     assert torch.allclose(total[..., 0, :], sum(delta[..., 0, :] for delta in deltas))
     assert torch.allclose(total[..., 3, :], deltas[1][..., 3, :] + deltas[2][..., 3, :])
     assert torch.equal(total[..., 4, :], deltas[2][..., 4, :])
@@ -470,10 +476,10 @@ def test_total_perturbation_sums_what_covered_a_position():
 
 def test_offsets_are_the_average_total_perturbation(chat, head):
     config = PPLMConfig(layers="middle", step_size=0.3, max_new_tokens=3)
-    offsets = distil_offsets(chat, head, CONTEXTS[:3], config, system="none", seed=6, batch_size=5)
+    offsets = distil_offsets(chat, head, CONTEXTS[:2], config, system="none", seed=6, batch_size=5)
     layers = offsets.layers
     sums = {act: [torch.zeros(2, len(layers), 2, 16, dtype=torch.float64), 0] for act in ACTS}
-    for context in CONTEXTS[:3]:
+    for context in CONTEXTS[:2]:
         prompt = build_prompt(chat.tokenizer, context, "none")
         for label, act in enumerate(ACTS):
             out = generate_pplm(
@@ -482,21 +488,21 @@ def test_offsets_are_the_average_total_perturbation(chat, head):
             )  # fmt: skip
             steps = out.deltas[0]
             length = steps[-1].shape[-2]
-            cos, sin = rotary_factors(chat.model, length, torch.float64)
+            cos, sin = _rotary_factors(chat.model, length, torch.float64)
             mean = torch.zeros(2, len(layers), 2, 16, dtype=torch.float64)
             for place in range(length):
                 for step in steps:
                     if place < step.shape[-2]:
                         here = (cos[place : place + 1], sin[place : place + 1])
                         key, value = step[:, 0, :, place : place + 1], step[:, 1, :, place]
-                        mean += torch.stack([unrotate(key, *here)[:, :, 0], value]) / length
+                        mean += torch.stack([_unrotate(key, *here)[:, :, 0], value]) / length
             sums[act][0] += mean
             sums[act][1] += 1
     for label, act in enumerate(ACTS):
         total, count = sums[act]
-        assert count == offsets.report["replies"][label] == 3
-        assert torch.allclose(offsets.keys[label], total[0] / 3, atol=1e-9, rtol=0)
-        assert torch.allclose(offsets.values[label], total[1] / 3, atol=1e-9, rtol=0)
+        assert count == offsets.report["replies"][label] == 2
+        assert torch.allclose(offsets.keys[label], total[0] / 2, atol=1e-9, rtol=0)
+        assert torch.allclose(offsets.values[label], total[1] / 2, atol=1e-9, rtol=0)
     assert all(0 < share < 1 for name in ("keys", "values") for share in offsets.report["common"][name])
 
 
@@ -504,7 +510,7 @@ def test_replies_that_broke_are_left_out(llama, head):
     broken = AttributeHead(head.weight, head.bias, ACTS)
     broken.bias.data[3] = -torch.inf
     with pytest.raises(InputError, match="'commissive' broke"):
-        distil_offsets(llama, broken, CONTEXTS[:1], PPLMConfig(max_new_tokens=2), system="none")
+        distil_offsets(llama, broken, CONTEXTS[:1], PPLMConfig(layers="all", max_new_tokens=2), system="none")
 
 
 def test_offsets_are_saved_whole(llama, tmp_path):
@@ -513,7 +519,8 @@ def test_offsets_are_saved_whole(llama, tmp_path):
     )
     again = Offsets.from_pretrained(offsets.save_pretrained(tmp_path / "o"))
     assert torch.equal(again.keys, offsets.keys) and torch.equal(again.values, offsets.values)
-    assert replace(again, keys=offsets.keys, values=offsets.values) == offsets
+    assert replace(again, keys=offsets.keys, values=offsets.values, name="unsaved") == offsets
+    assert again.name == "o" and again.sha256 == offsets.sha256
     assert PPLMConfig.from_dict(again.pplm) == PPLMConfig(layers=(1, 3))
     (tmp_path / "o" / "offsets.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match="damaged"):
@@ -537,59 +544,77 @@ def test_a_small_offset_survives_in_bfloat16():
 
 @pytest.fixture(scope="module")
 def inputs(llama, head, examples):
-    return SteeringInputs(head, steering_vectors(llama, examples), random_offsets(llama))
+    return SteeringInputs(head=head, vectors=steering_vectors(llama, examples), offsets=random_offsets(llama))
 
 
-SMALL = SteeringConfig(
-    system="none", max_new_tokens=4, best_of=2, layers="all", batch_size=3, guide_batch_size=2
+SMALL = SteeringConfig.from_dict(
+    {
+        "system": "none",
+        "decoding": {"max_new_tokens": 4, "batch_size": 3},
+        "best_of_n": {"n": 2},
+        "guided": {"batch_size": 2},
+        "pplm": {"layers": "all"},
+    }
 )
+NEEDS = {  # method -> what it misses first
+    "best_of_n": "head",
+    "prompt_best_of_n": "head",
+    "vector": "vectors",
+    "distilled": "offsets",
+    "guided": "head",
+    "pplm": "head",
+    "vector_best_of_n": "vectors",
+    "distilled_best_of_n": "offsets",
+    "guided_best_of_n": "head",
+}
+METHODS = ("none", "prompt", *NEEDS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_reply_does_not_depend_on_its_neighbours(llama, inputs, method):
-    together = steer(method, llama, inputs, CONTEXTS, NAMES, SMALL, seed=3)
+    together = steer(method, llama, CONTEXTS, NAMES, inputs, SMALL, seed=3)
     again = [
-        steer(method, llama, inputs, [c], [a], SMALL, seeds=[3 + i])
+        steer(method, llama, [c], [a], inputs, SMALL, seeds=[3 + i])
         for i, (c, a) in enumerate(zip(CONTEXTS, NAMES, strict=True))
     ]
     assert together.token_ids == [one.token_ids[0] for one in again]
     assert together.failed == [False] * 5 and len(together.replies) == 5
 
 
-@pytest.mark.parametrize(
-    "method, off",
-    [("vector", "vector_strength=0"), ("guided", "guide_strength=0"), ("distilled", "distilled_strength=0")],
-)
-def test_no_strength_says_what_none_says(llama, inputs, method, off):
-    said = steer(method, llama, inputs, CONTEXTS, NAMES, SMALL.override([off]))
-    assert said.token_ids == steer("none", llama, None, CONTEXTS, NAMES, SMALL).token_ids
+@pytest.mark.parametrize("method", ["vector", "guided", "offsets"])
+def test_no_strength_says_what_none_says(llama, inputs, method):
+    said = steer(method, llama, CONTEXTS, NAMES, inputs, SMALL.override([f"{method}.strength=0"]))
+    assert said.token_ids == steer("none", llama, CONTEXTS, NAMES, None, SMALL).token_ids
 
 
 @pytest.mark.parametrize("method", NEEDS)
 def test_what_is_missing_is_named_with_its_maker(llama, method):
     makers = {"head": "default_head", "vectors": "steering_vectors", "offsets": "distil_offsets"}
     for nothing in (None, SteeringInputs()):
-        with pytest.raises(InputError, match=makers[NEEDS[method][0]]):
-            steer(method, llama, nothing, CONTEXTS, NAMES, SMALL)
+        with pytest.raises(InputError, match=makers[NEEDS[method]]):
+            steer(method, llama, CONTEXTS, NAMES, nothing, SMALL)
 
 
-@pytest.mark.parametrize("method", [m for m, kinds in NEEDS.items() if kinds != ("head",)])
+@pytest.mark.parametrize("method", [method for method, missing in NEEDS.items() if missing != "head"])
 def test_what_was_made_on_another_model_is_refused(inputs, method):
     with pytest.raises(InputError, match="made on model"):
-        steer(method, tiny_chat_model(seed=1), inputs, CONTEXTS, NAMES, SMALL)
+        steer(method, tiny_chat_model(seed=1), CONTEXTS, NAMES, inputs, SMALL)
 
 
 def test_an_act_that_nobody_learned_is_refused(llama, head):
-    two = AttributeHead(head.weight[:2], head.bias[:2], ACTS[:2])
+    two = SteeringInputs(head=AttributeHead(head.weight[:2], head.bias[:2], ACTS[:2]))
     with pytest.raises(InputError, match="'directive'"):
-        steer("guided", llama, two, CONTEXTS[:1], ["directive"], SMALL)
+        steer("guided", llama, CONTEXTS[:1], ["directive"], two, SMALL)
 
 
 def test_prompted_candidates_are_read_after_the_bare_prompt(llama, head):
-    acts, config = NAMES[:2], SMALL.override(["best_of=3", "temperature=3"])
-    said = steer("prompt_best_of_n", llama, head, CONTEXTS[:2], acts, config)
+    acts, config = NAMES[:2], SMALL.override(["best_of_n.n=3", "decoding.temperature=3"])
+    said = steer("prompt_best_of_n", llama, CONTEXTS[:2], acts, SteeringInputs(head=head), config)
     prompts = [build_prompt(llama.tokenizer, c, "none") for c in CONTEXTS[:2]]
-    asked = [build_prompt(llama.tokenizer, c, "none", a) for c, a in zip(CONTEXTS[:2], acts, strict=True)]
+    asked = [
+        build_prompt(llama.tokenizer, c, "none", class_instruction("act", a))
+        for c, a in zip(CONTEXTS[:2], acts, strict=True)
+    ]
     seen = {}
 
     def score(numbers, ids):
@@ -597,61 +622,69 @@ def test_prompted_candidates_are_read_after_the_bare_prompt(llama, head):
         seen["scores"] = head(features)[range(len(numbers)), [LABELS[i] for i in numbers]]
         return seen["scores"]
 
-    by_hand = best_of_n(llama.model, llama.tokenizer, asked, score, 3, config.generation())
+    by_hand = best_of_n(llama.model, llama.tokenizer, asked, score, 3, config.decoding)
     assert said.token_ids == by_hand.token_ids and len(seen["scores"]) == 6
 
 
 def test_pplm_passes_on_what_failed(llama, head):
     broken = AttributeHead(head.weight, head.bias, ACTS)
     broken.bias.data[3] = -torch.inf
-    out = steer("pplm", llama, broken, CONTEXTS[:3], ["inform", "commissive", "question"], SMALL)
+    names = ["inform", "commissive", "question"]
+    out = steer("pplm", llama, CONTEXTS[:3], names, SteeringInputs(head=broken), SMALL)
     assert out.failed == [False, True, False] and out.token_ids[1] == []
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "vector_strength=-1",
-        "guide_strength=.inf",
-        "distilled_strength=.nan",
-        "guide_top_k=0",
-        "guide_batch_size=0",
-        "vector_layer=0",
-        "best_of=0",
+        "vector.strength=-1",
+        "guided.strength=.inf",
+        "offsets.strength=.nan",
+        "guided.top_k=0",
+        "guided.batch_size=0",
+        "vector.layer=0",
+        "best_of_n.n=0",
     ],
 )
-def test_wrong_settings_are_refused(change):
-    with pytest.raises(InputError, match=change.partition("=")[0]):
-        SteeringConfig().override([change])
+def test_wrong_settings_are_refused(llama, inputs, change):
+    path = change.partition("=")[0]
+    method, config = path.partition(".")[0], SteeringConfig().override([change])
+    with pytest.raises(InputError, match=path):
+        resolve_options(get_method(method), config.options)
+    with pytest.raises(InputError, match=path):
+        steer(method, llama, CONTEXTS, NAMES, inputs, config)
 
 
 def test_a_layer_without_vectors_is_refused(llama, inputs):
-    with pytest.raises(InputError, match="vector_layer=9"):
-        steer("vector", llama, inputs, CONTEXTS, NAMES, SMALL.override(["vector_layer=9"]))
+    with pytest.raises(InputError, match="layer=9"):
+        steer("vector", llama, CONTEXTS, NAMES, inputs, SMALL.override(["vector.layer=9"]))
 
 
-@pytest.mark.parametrize("method", ["vector", "distilled"])
+@pytest.mark.parametrize("method", ["vector", "offsets"])
 def test_steered_candidates_compete(llama, inputs, method):
-    config = SMALL.override(["best_of=3", "vector_strength=1", "distilled_strength=3", "temperature=3"])
-    said = steer(f"{method}_best_of_n", llama, inputs, CONTEXTS, NAMES, config, seed=3)
+    more = ["best_of_n.n=3", "vector.strength=1", "offsets.strength=3", "decoding.temperature=3"]
+    config = SMALL.override([f"best_of_n.of={method}", *more])
+    said = steer("best_of_n", llama, CONTEXTS, NAMES, inputs, config, seed=3)
     for row, (context, act, label) in enumerate(zip(CONTEXTS, NAMES, LABELS, strict=True)):
         seeds = [3 + row, *(derive_seed(3 + row, k) for k in (1, 2))]
-        tried = steer(method, llama, inputs, [context] * 3, [act] * 3, config, seeds=seeds)
+        tried = steer(method, llama, [context] * 3, [act] * 3, inputs, config, seeds=seeds)
         prompt = build_prompt(llama.tokenizer, context, "none")
         read = inputs.head(reply_features(llama, [prompt] * 3, tried.token_ids))[:, label]
         assert said.token_ids[row] == tried.token_ids[int(read.argmax())]
+    without = SteeringInputs(vectors=inputs.vectors, offsets=inputs.offsets)
     with pytest.raises(InputError, match="without head"):
-        steer(f"{method}_best_of_n", llama, replace(inputs, head=None), CONTEXTS, NAMES, config)
+        steer("best_of_n", llama, CONTEXTS, NAMES, without, config)
 
 
 def test_guided_candidates_compete(llama, head):
-    config = SMALL.override(["best_of=3", "temperature=3"])
-    said = steer("guided_best_of_n", llama, head, CONTEXTS, NAMES, config, seed=3)
+    config = SMALL.override(["best_of_n.n=3", "decoding.temperature=3"])
+    said = steer("guided_best_of_n", llama, CONTEXTS, NAMES, SteeringInputs(head=head), config, seed=3)
+    guided = GuidedConfig(max_new_tokens=4, temperature=3.0, batch_size=2)
     prompts = [build_prompt(llama.tokenizer, c, "none") for c in CONTEXTS]
     for row, (prompt, label) in enumerate(zip(prompts, LABELS, strict=True)):
         seeds = [3 + row, *(derive_seed(3 + row, k) for k in (1, 2))]
         tried = generate_guided(
-            llama.model, llama.tokenizer, [prompt] * 3, [label] * 3, head, config.guided(), seeds=seeds
+            llama.model, llama.tokenizer, [prompt] * 3, [label] * 3, head, guided, seeds=seeds
         )
         read = head(reply_features(llama, [prompt] * 3, tried.token_ids))[:, label]
         assert said.token_ids[row] == tried.token_ids[int(read.argmax())]

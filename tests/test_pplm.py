@@ -10,7 +10,8 @@ from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.generation import GenerationConfig, generate
 from llama_dialogue.core.models import byte_tokenizer, tiny_chat_model
 from llama_dialogue.perturb.attributes import BagOfWords, Weighted
-from llama_dialogue.perturb.pplm import PPLMConfig, generate_pplm
+from llama_dialogue.perturb.pplm import generate_pplm
+from llama_dialogue.perturb.pplm_config import PPLMConfig
 from llama_dialogue.perturb.reference import reference_pplm
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma")
@@ -41,9 +42,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def chat(request):
-    return tiny_chat_model(request.param, dtype=torch.float64)
+@pytest.fixture(params=FAMILIES)
+def chat(request, tiny_chat):
+    return tiny_chat(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,8 @@ def test_equals_reference(chat, head, case):
 
 
 @pytest.mark.parametrize("rows", range(1, 8))
-def test_batch_sizes(head, rows):
-    chat = tiny_chat_model(FAMILIES[rows % 4], dtype=torch.float64)
+def test_batch_sizes(tiny_chat, head, rows):
+    chat = tiny_chat(FAMILIES[rows % 4])
     assert_equal_to_reference(
         chat, head, PROMPTS[:rows], PPLMConfig(layers="upper", step_size=0.5, max_new_tokens=2)
     )
@@ -99,8 +100,8 @@ def test_rows_that_end_early_leave(head):
 
 
 @pytest.mark.parametrize("prompts", [["A", "Come in, it's open."], ["A", "B"]])
-def test_prompt_of_one_token(head, prompts):
-    chat = tiny_chat_model("gemma", dtype=torch.float64)
+def test_prompt_of_one_token(head, prompts, tiny_chat):
+    chat = tiny_chat("gemma")
     config = PPLMConfig(layers="all", step_size=0.3, max_new_tokens=3)
     labels = [1, 2]
     out = generate_pplm(chat.model, chat.tokenizer, prompts, labels, head, config, seeds=[0, 1])
@@ -109,13 +110,15 @@ def test_prompt_of_one_token(head, prompts):
         assert out.token_ids[row] == plain.token_ids[0]
 
 
-def test_same_prompt_for_every_target(head):
-    chat = tiny_chat_model("mistral", dtype=torch.float64)
-    assert_equal_to_reference(chat, head, [PROMPTS[1]] * 4, PPLMConfig(step_size=0.5, max_new_tokens=2))
+def test_same_prompt_for_every_target(head, tiny_chat):
+    chat = tiny_chat("mistral")
+    assert_equal_to_reference(
+        chat, head, [PROMPTS[1]] * 4, PPLMConfig(layers="all", step_size=0.5, max_new_tokens=2)
+    )
 
 
-def test_float32_gives_the_tokens_of_the_reference(head):
-    chat = tiny_chat_model("llama")
+def test_float32_gives_the_tokens_of_the_reference(head, tiny_chat):
+    chat = tiny_chat("llama", torch.float32)
     config = PPLMConfig(layers="upper", step_size=0.3, max_new_tokens=4)
     out = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:5], [0, 1, 2, 3, 0], head, config)
     for row, prompt in enumerate(PROMPTS[:5]):
@@ -136,8 +139,8 @@ def test_perturbations_are_float32_under_a_bfloat16_model(head):
     assert out.losses[1] == out.traces[1].loss.tolist()
 
 
-def test_a_row_does_not_depend_on_its_neighbours(head):
-    chat = tiny_chat_model("gemma", dtype=torch.float64)
+def test_a_row_does_not_depend_on_its_neighbours(head, tiny_chat):
+    chat = tiny_chat("gemma")
     config = PPLMConfig(layers="upper", step_size=0.3, max_new_tokens=3)
 
     def run(rows):
@@ -151,22 +154,22 @@ def test_a_row_does_not_depend_on_its_neighbours(head):
     assert run([4, 2, 0]) == {i: together[i] for i in (4, 2, 0)}
 
 
-def test_a_step_of_zero_is_plain_generation(head):
-    chat = tiny_chat_model("qwen2", dtype=torch.float64)
-    still = PPLMConfig(step_size=0.0, gm_scale=1.0, max_new_tokens=6, repetition_penalty=1.2)
+def test_a_step_of_zero_is_plain_generation(head, tiny_chat):
+    chat = tiny_chat("qwen2")
+    still = PPLMConfig(layers="all", step_size=0.0, gm_scale=1.0, max_new_tokens=6, repetition_penalty=1.2)
     out = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:4], [0] * 4, head, still, seed=3)
     plain = GenerationConfig(max_new_tokens=6, repetition_penalty=1.2)
     assert out.token_ids == generate(chat.model, chat.tokenizer, PROMPTS[:4], plain, seed=3).token_ids
 
 
-def test_nothing_stays_in_memory(head):
-    chat = tiny_chat_model("llama")
+def test_nothing_stays_in_memory(head, tiny_chat):
+    chat = tiny_chat("llama", torch.float32)
 
     def tensors():
         gc.collect()
         return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
 
-    config = PPLMConfig(horizon_length=2, max_new_tokens=2)
+    config = PPLMConfig(layers="all", horizon_length=2, max_new_tokens=2)
     generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, config)
     before = tensors()
     generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, config)
@@ -180,18 +183,20 @@ def test_model_is_given_back_as_it_was(head):
     asked = [p.requires_grad for p in chat.model.parameters()]
     ids = torch.tensor([[40, 41, 42]])
     before = chat.model(ids).logits
-    generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, PPLMConfig(max_new_tokens=2))
+    generate_pplm(
+        chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], head, PPLMConfig(layers="all", max_new_tokens=2)
+    )
     assert torch.equal(before, chat.model(ids).logits)
     assert chat.model.training and [p.requires_grad for p in chat.model.parameters()] == asked
     assert all(p.grad is None for p in chat.model.parameters())
 
 
-def test_a_gradient_that_is_not_finite_stops_its_row_only(head):
-    chat = tiny_chat_model("llama", dtype=torch.float64)
+def test_a_gradient_that_is_not_finite_stops_its_row_only(head, tiny_chat):
+    chat = tiny_chat("llama")
     broken = SimpleNamespace(**vars(head))
     broken.bias = torch.tensor([0.0, 0.0, 0.0, -torch.inf])  # class d has no probability at all
     out = generate_pplm(
-        chat.model, chat.tokenizer, PROMPTS[:3], [0, 3, 1], broken, PPLMConfig(max_new_tokens=3)
+        chat.model, chat.tokenizer, PROMPTS[:3], [0, 3, 1], broken, PPLMConfig(layers="all", max_new_tokens=3)
     )
     assert out.failed == [False, True, False]
     assert len(out.token_ids[0]) == 3 and out.token_ids[1] == [] and len(out.token_ids[2]) == 3
@@ -205,14 +210,14 @@ def test_a_gradient_that_is_not_finite_stops_its_row_only(head):
         (dict(max_new_tokens=5000), "context window"),
     ],
 )
-def test_refused_before_any_work(head, change, told):
-    chat = tiny_chat_model("llama")
+def test_refused_before_any_work(head, change, told, tiny_chat):
+    chat = tiny_chat("llama", torch.float32)
     with pytest.raises(InputError, match=told):
         generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], [0], head, PPLMConfig(**change))
 
 
-def test_wrong_heads_and_labels_are_refused(head):
-    chat = tiny_chat_model("llama")
+def test_wrong_heads_and_labels_are_refused(head, tiny_chat):
+    chat = tiny_chat("llama", torch.float32)
     narrow = SimpleNamespace(**vars(head) | {"weight": torch.zeros(4, 32)})
     middle = SimpleNamespace(**vars(head) | {"layer": 2})
     for bad, labels, told in (
@@ -274,42 +279,42 @@ def test_attributes_equal_reference(chat, head, emotion_head, case):
 def test_rows_with_several_labels_end_early(head, emotion_head):
     chat = tiny_chat_model("gemma", dtype=torch.float64)
     chat.model.generation_config.eos_token_id = list(range(0, 260, 3))
-    parts = [Weighted(head), Weighted(emotion_head, 0.5), Weighted(BAGS, 2.0)]
+    attributes = [Weighted(head), Weighted(emotion_head, 0.5), Weighted(BAGS, 2.0)]
     labels = [(i % 4, i % 3, (i + 1) % 3) for i in range(5)]
     config = PPLMConfig(layers="upper", step_size=0.3, max_new_tokens=6, top_k=0)
-    out = assert_equal_to_reference(chat, parts, PROMPTS[:5], config, labels)
+    out = assert_equal_to_reference(chat, attributes, PROMPTS[:5], config, labels)
     assert any(out.stopped) and len({len(ids) for ids in out.token_ids}) > 1
 
 
-def test_one_part_is_the_attribute_alone(head):
-    chat = tiny_chat_model("llama", dtype=torch.float64)
-    config = PPLMConfig(step_size=0.3, max_new_tokens=2)
+def test_one_attribute_in_a_list_is_the_attribute_alone(head, tiny_chat):
+    chat = tiny_chat("llama")
+    config = PPLMConfig(layers="all", step_size=0.3, max_new_tokens=2)
     alone = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [1, 2], head, config, trace=True)
-    part = generate_pplm(
+    listed = generate_pplm(
         chat.model, chat.tokenizer, PROMPTS[:2], [(1,), (2,)], [Weighted(head)], config, trace=True
     )
-    assert alone.token_ids == part.token_ids and alone.losses == part.losses
+    assert alone.token_ids == listed.token_ids and alone.losses == listed.losses
     assert alone.traces[0].target_probability.shape == (2, 3)
 
 
-def test_a_trace_tells_the_parts_apart(head):
-    chat = tiny_chat_model("llama", dtype=torch.float64)
-    parts = [Weighted(head), Weighted(BAGS, 0.5)]
-    config = PPLMConfig(step_size=0.3, kl_scale=0.0, max_new_tokens=2)
-    out = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], [(1, 2)], parts, config, trace=True)
+def test_a_trace_holds_each_attribute(head, tiny_chat):
+    chat = tiny_chat("llama")
+    attributes = [Weighted(head), Weighted(BAGS, 0.5)]
+    config = PPLMConfig(layers="all", step_size=0.3, kl_scale=0.0, max_new_tokens=2)
+    out = generate_pplm(chat.model, chat.tokenizer, PROMPTS[:1], [(1, 2)], attributes, config, trace=True)
     probability = out.traces[0].target_probability
     assert probability.shape == (2, 3, 2)
     expected = -probability[..., 0].log() - 0.5 * probability[..., 1].log()
     torch.testing.assert_close(out.traces[0].loss, expected)
 
 
-def test_a_bag_alone_looks_no_step_ahead():
-    chat = tiny_chat_model("llama")
+def test_a_bag_alone_looks_no_step_ahead(tiny_chat):
+    chat = tiny_chat("llama", torch.float32)
     calls = []
     hook = chat.model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     layer = chat.model.get_decoder().layers[0].register_forward_hook(lambda *_: calls.append(0))
     try:
-        config = PPLMConfig(num_iterations=3, max_new_tokens=1)
+        config = PPLMConfig(layers="all", num_iterations=3, max_new_tokens=1)
         generate_pplm(chat.model, chat.tokenizer, PROMPTS[:2], [0, 1], BAGS, config)
     finally:
         hook.remove()
@@ -317,8 +322,8 @@ def test_a_bag_alone_looks_no_step_ahead():
     assert calls.count(1) == 5 and calls.count(0) == 1 + 5  # the prompt; read, three times look, choose
 
 
-def test_attributes_that_do_not_fit_are_refused_before_any_work(head):
-    chat = tiny_chat_model("llama")
+def test_attributes_that_do_not_fit_are_refused_before_any_work(head, tiny_chat):
+    chat = tiny_chat("llama", torch.float32)
     narrow = SimpleNamespace(**vars(head) | {"weight": torch.zeros(4, 32)})
     several = [Weighted(head), Weighted(BAGS)]
     for bad, labels, told in (
