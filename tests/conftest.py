@@ -10,23 +10,16 @@ if beside.is_dir() and not os.environ.get("LLAMA_DIALOGUE_DATA"):
     os.environ["LLAMA_DIALOGUE_DATA"] = str(beside)
 
 
-@pytest.fixture(scope="session")
-def two_workers():
-    """Ray with two workers, started once; its address."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
+@pytest.fixture
+def log(tmp_path):
+    """Where a test's work writes down what it did."""
+    return tmp_path / "log"
 
-    for patience in (2, 1, 0):  # on a busy machine Ray itself gives up after 30 seconds
-        try:
-            own = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 2**27}
-            session = ray.init("local", num_cpus=2, **own)
-            break
-        except Exception as error:
-            ray.shutdown()
-            if not patience or "timed out during startup" not in str(error):
-                raise
-    yield session.address_info["gcs_address"]
-    ray.shutdown()
+
+@pytest.fixture
+def out(tmp_path):
+    """The folder of a grid."""
+    return tmp_path / "grid"
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from functools import lru_cache
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import make_head, make_judge
 
 from llama_dialogue.attribute.features import encode_replies
@@ -246,14 +247,6 @@ def test_kill_a_real_run(exact, inputs, tmp_path, kill, hears_ctrl_c, capfd):
     summary = run_grid(make_config(), out, progress=False, inputs=inputs)
     assert victim.exitcode != 0 and (summary.found, summary.damaged) == (there, ())
     same(read_parts(exact), read_parts(out))
-
-
-def test_ray_gives_the_same_rows_in_float64(exact, inputs, tmp_path, two_workers):
-    config = make_config()
-    summary = run_grid(config, tmp_path, engine="ray", progress=False, inputs=inputs)
-    assert summary.computed == 7 * 2
-    same(read_parts(exact), read_parts(tmp_path))
-    assert run_grid(config, tmp_path, progress=False, inputs=inputs).found == 7 * 2, "the same keys"
 
 
 def test_float32_gives_the_same_tokens_whatever_the_shards(inputs, tmp_path):
@@ -514,6 +507,21 @@ def test_a_cell_may_choose_its_model(exact, inputs, judge, tmp_path):
         record.details["cells"][labels[2]]["model"] == model
         and "model" not in record.details["cells"]["unsteered"]
     )
+
+
+def test_a_cell_may_choose_its_adapter(exact, tmp_path):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(tiny_chat_model().model, lora).save_pretrained(tmp_path / "lora")
+    adapter = str(tmp_path / "lora")
+    config = make_config(cells=[{"method": "none", "adapter": adapter}, {"method": "none"}])
+    run_grid(config, tmp_path / "out", progress=False)
+    rows, label = read_parts(tmp_path / "out"), f"unsteered, adapter {adapter}"
+    plain, own = rows[rows.cell == "unsteered"], rows[rows.cell == label]
+    same(plain, read_parts(exact).query("cell == 'unsteered'"))
+    assert differing_share(own.assign(cell="unsteered"), plain) > 0.5
+    used = grid.load_manifest(tmp_path / "out")["about"]["inputs"]
+    assert set(used) == {"model", f"model of {label}", "data"}
 
 
 # --- annotation -------------------------------------------------------------------------------------------------

@@ -47,16 +47,6 @@ def begun(log):
     return [int(line.split()[0]) for line in log.read_text().splitlines()]
 
 
-@pytest.fixture
-def log(tmp_path):
-    return tmp_path / "log"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "grid"
-
-
 def all_rows(count):
     return [n for i in range(count) for n in (i, i**2)]
 
@@ -305,54 +295,3 @@ def test_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'llama_dialogue\[ray\]'"):
         check_engine("ray")
-
-
-@pytest.fixture(scope="module")
-def ray_workers(two_workers):
-    """Workers cannot import a test: they get what it defines by value."""
-    import ray
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield two_workers
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-def test_ray_survives_the_death_of_a_worker(out, log, ray_workers):
-    summary = run_items(make_items(4), Work(log, dies_at=1), out, engine="ray")
-    assert summary.computed == 4 and sorted(begun(log)) == [0, 1, 1, 2, 3]
-    assert read_parts(out)["number"].tolist() == all_rows(4)
-
-
-def test_ray_gives_up_on_a_worker_that_always_dies(out, log, ray_workers, monkeypatch):
-    monkeypatch.setattr(grid, "_RETRIES", 0)
-    with pytest.raises(MachineError, match="its worker died 1 times"):
-        run_items(make_items(2), Work(log, dies_at=1), out, engine="ray")
-    assert run_items(make_items(2), Work(log), out).total == 2 and len(read_parts(out)) == 4
-
-
-ON_A_CLUSTER = """
-import sys
-import pandas as pd
-from llama_dialogue.core.grid import WorkItem, read_parts, run_items
-items = [WorkItem({}, i, 0, f"{i:024d}") for i in range(3)]
-work = lambda item: pd.DataFrame({"number": [item.shard]})
-print(run_items(items, work, sys.argv[1], engine="ray", address=sys.argv[2]).computed)
-print(read_parts(sys.argv[1])["number"].tolist())
-"""
-
-
-def test_a_cluster_by_its_address(out, ray_workers):
-    command = [sys.executable, "-c", ON_A_CLUSTER, str(out), ray_workers]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.split("\n")[:2] == ["3", "[0, 1, 2]"], done.stderr
-
-
-def test_ray_hands_an_input_error_back(out, ray_workers):
-    def wrong(item):
-        from llama_dialogue.core.errors import InputError
-
-        raise InputError("layers=99: need less")
-
-    with pytest.raises(InputError) as caught:
-        run_items(make_items(1), wrong, out, engine="ray")
-    assert str(caught.value) == "layers=99: need less"
