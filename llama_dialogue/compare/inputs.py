@@ -23,7 +23,10 @@ def needed_inputs(
     for name, need in found.items():
         folder = folders.get(name, "default")
         if folder == "default" and need.default is None:
-            raise InputError(f"inputs: {name} missing: need a folder, e.g. --set inputs.{name}=runs/{name}")
+            made = f", made by `{need.command}`" if need.command else ""
+            raise InputError(
+                f"inputs: {name} missing: need a folder, e.g. --set inputs.{name}=runs/{name}{made}"
+            )
         if folder != "default" and not Path(folder).is_dir():
             raise InputError(
                 f"inputs.{name}={folder!r}: no such folder: need one that holds {name}, e.g. runs/{name}"

@@ -8,6 +8,7 @@ __all__ = ['SteeringConfig', 'Input', 'SteeringInputs', 'SteeringRequest', 'Meth
 # %% ../../nbs/compare/10_methods.ipynb #cm000004
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from ..core.config import Config, frozen
@@ -16,6 +17,20 @@ from ..core.generation_config import GenerationConfig
 from ..core.plugins import list_plugins, load_plugin
 from ..core.targets import ACT, Target, get_target
 from ..prompting.prompts import SYSTEM_PROMPTS
+
+# %% ../../nbs/compare/10_methods.ipynb #cm0spell
+def _check_spelling(key: str) -> None:
+    "Refuse options of a method that is not installed and looks like one that is."
+    known = [*list_plugins("method"), *_RENAMED]
+    close = get_close_matches(key, known, n=1, cutoff=0.7)
+    if key not in known and not key.endswith(_BEST) and close:
+        raise InputError(
+            f"unknown key {key!r}: need a field or a method that is installed, e.g. {close[0]!r}"
+        )
+
+
+_RENAMED = {"distilled": "offsets"}  # methods of earlier versions
+_BEST = "_best_of_n"
 
 # %% ../../nbs/compare/10_methods.ipynb #cm000007
 @frozen
@@ -28,6 +43,8 @@ class SteeringConfig(Config):
 
     def __post_init__(self):
         check_choice("system", self.system, SYSTEM_PROMPTS)
+        for key in self.options:
+            _check_spelling(key)
 
     @classmethod
     def _arrange(cls, values: dict) -> dict:
@@ -151,10 +168,6 @@ def short(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 # %% ../../nbs/compare/10_methods.ipynb #cm000022
-_RENAMED = {"distilled": "offsets"}
-_BEST = "_best_of_n"
-
-
 def resolve_name(
     name: str,  # of a method, today's or an earlier version's
 ) -> tuple[str, dict]:  # today's name; options that the earlier name stood for

@@ -84,6 +84,8 @@ def read_scores(
     folder: Path | str,  # written by `grid score`
 ) -> ScoredGrid:
     "Read the scored replies of a grid."
+    if not (Path(folder) / "scores.parquet").is_file():
+        raise InputError(f"{folder}: no scores.parquet there: need a scored grid, e.g. grid score {folder}")
     rows, path = load_rows(Path(folder) / "scores.parquet"), Path(folder) / "cells.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file: need the cells beside the scores; score the grid again")

@@ -191,5 +191,6 @@ _OFFSETS_INPUT = Input(
     _load_offsets,
     _check_made_for("distil_offsets(chat, head, contexts)"),
     "offsets=distil_offsets(chat, head, contexts)",
+    command="llama-dialogue perturb offsets",
 )
 OFFSETS = Method("offsets", "offsets", OffsetsOptions, _offsets, needs=lambda options: (_OFFSETS_INPUT,))
