@@ -68,6 +68,7 @@ class Input:
     check: Callable[[Any, Any], None]  # (artefact, chat model): raises an `InputError` where they do not fit
     make: str  # how to make one, for messages, e.g. "head=default_head(chat)"
     default: Callable | None = None  # (chat, target, system, progress) -> artefact; None: needs a folder
+    command: str = ""  # the command that makes one, where there is one
 
 # %% ../../nbs/compare/10_methods.ipynb #cm000013
 class SteeringInputs:
