@@ -110,8 +110,11 @@ def test_corpus_without_acts(capsys, tmp_path, monkeypatch):
         turns.replace("ferry", word) for word in ("bus", "train", "tram", "plane", "boat", "post", "bride")
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join([turns, *others]))
-    code, out, err = run(["demo", "--data", "mine.jsonl", "--n", "1", "--model", "tiny-llama-random"], capsys)
+    demo = ["demo", "--data", "mine.jsonl", "--model", "tiny-llama-random"]
+    code, out, err = run([*demo, "--n", "2", "--set", "towards=reference"], capsys)
     assert code == 2 and "has no act" in err and out == "" and not (tmp_path / "runs/demo/mine.json").exists()
+    code, out, err = run([*demo, "--n", "1"], capsys)
+    assert code == 2 and "contexts.n=1" in err and out == "" and err.count("\n") == 1
 
 
 def test_damaged_model_cache(capsys, tmp_path, monkeypatch):

@@ -55,6 +55,10 @@ class GridConfig(SteeringConfig):
         get_target(self.target)
         if self.shard_size < 1:
             raise InputError(f"shard_size={self.shard_size}: need at least 1, e.g. shard_size=8")
+        if self.contexts.n < 2:
+            raise InputError(
+                "contexts.n=1: need at least 2, since replies are also read in another context, e.g. 12"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds={list(self.seeds)}: need one or more, each once, e.g. seeds=[0]")
         if not self.cells:
