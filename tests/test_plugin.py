@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import make_head, make_judge
 
+from llama_dialogue.app import commands as app_commands
 from llama_dialogue.app.cli import main
 from llama_dialogue.attribute.features import example_features, reply_features
 from llama_dialogue.attribute.head import fit_head
@@ -81,17 +82,18 @@ def install(folder, name, source, points):
 @pytest.fixture(scope="module", autouse=True)
 def installed(tmp_path_factory):
     """Install a toy package and a broken one for this module's tests."""
-    folder, own = tmp_path_factory.mktemp("site"), "llama_dialogue.app.commands"
+    folder = tmp_path_factory.mktemp("site")
     install(folder, "toy_steering", TOY, POINTS)
     install(folder, "broken_steering", BROKEN, BROKEN_POINTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.delitem(sys.modules, own, raising=False)  # it has an option for each target
         importlib.invalidate_caches()
         list_plugins.cache_clear()
+        importlib.reload(app_commands)  # it has an option for each target
         yield
     sys.modules.pop("toy_steering", None)
     list_plugins.cache_clear()
+    importlib.reload(app_commands)
 
 
 def run(arguments, capsys):
