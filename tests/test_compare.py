@@ -156,10 +156,12 @@ def test_old_names_are_aliases():
 
 
 def test_options_of_one_method_do_not_block_another():
-    config = make_config(cells=[{"method": "none"}], pplm={"step_size": "far"}, vektor={"layer": 3})
+    config = make_config(cells=[{"method": "none"}], pplm={"step_size": "far"}, nudging={"layer": 3})
     assert labels_of(config) == ["unsteered"] and expand_cells(config)[0].steering.options == {}
     with pytest.raises(InputError, match=r"pplm\.step_size='far'"):
         expand_cells(make_config(cells=[{"method": "pplm"}], pplm={"step_size": "far"}))
+    with pytest.raises(InputError, match="'plpm'.*'pplm'"):
+        make_config(cells=[{"method": "none"}], plpm={"step_size": 0.3})
 
 
 @pytest.mark.parametrize(
