@@ -511,6 +511,7 @@ def test_a_cell_may_choose_its_model(exact, inputs, judge, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 def test_a_cell_may_choose_its_adapter(exact, tmp_path):
     torch.manual_seed(0)
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
