@@ -13,6 +13,7 @@ from llama_dialogue.attribute import configs
 from llama_dialogue.attribute.evaluation import evaluate_job, load_reader
 from llama_dialogue.attribute.head import AttributeHead, HeadReader
 from llama_dialogue.attribute.judge import Judge, JudgeNetwork, turn_examples
+from llama_dialogue.attribute.sample_corpus import CorpusCardConfig
 from llama_dialogue.core.artifacts import artifact_sha256
 from llama_dialogue.core.classification import (
     MajorityBaseline,
@@ -38,6 +39,7 @@ JOBS = {
     "evaluation": configs.EvaluationConfig,
     "probes": configs.ProbeConfig,
     "feature-bench": configs.FeatureBenchConfig,
+    "corpus-card": CorpusCardConfig,
 }
 RECORDS = [
     path
@@ -79,8 +81,10 @@ def make_head(tiny, **options) -> AttributeHead:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_config_is_that_of_its_record(path):
-    record = RunRecord.load(path)
-    ours = JOBS[record.job].from_yaml(checkout_dir() / "configs" / "attribute" / f"{path.stem}.yaml")
+    record, folder = RunRecord.load(path), checkout_dir() / "configs"
+    files = [folder / "attribute" / f"{path.stem}.yaml"]
+    files += [folder / "embedded" / f"{path.stem.removeprefix('embedded-')}.yaml"]
+    ours = JOBS[record.job].from_yaml(next(file for file in files if file.is_file()))
     assert ours == JOBS[record.job].from_dict(record.config) and ours.name == record.name
     assert set(record.config) <= set(ours.to_dict())
 

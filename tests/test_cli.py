@@ -13,9 +13,11 @@ import pytest
 from llama_dialogue.app import commands as app_commands
 from llama_dialogue.app.cli import cli, main
 from llama_dialogue.core.config import read_yaml
+from llama_dialogue.core.dialogues import SPLITS, load_corpus
 from llama_dialogue.core.jobs import check_job, configure
 from llama_dialogue.core.plugins import list_plugins, load_plugin
 from llama_dialogue.core.records import RunRecord
+from llama_dialogue.core.targets import ACTS, EMOTIONS
 
 
 def run(arguments, capsys):
@@ -235,6 +237,7 @@ import click
 from llama_dialogue.core.config import Config, frozen
 from llama_dialogue.core.jobs import Job
 from llama_dialogue.core.records import RunRecord
+from llama_dialogue.core.targets import ACTS, EMOTIONS
 
 @click.command()
 def hello():
@@ -395,7 +398,20 @@ def test_bad_attribute_input(arguments, told, capsys, tmp_path, monkeypatch):
 def test_corpus_report(capsys):
     code, out, _ = run(["corpus", "sample", "--json"], capsys)
     report = json.loads(out)
-    assert code == 0 and sum(s["dialogues"] for s in report["splits"]) == 343 and report["skipped"] == []
+    assert code == 0 and sum(s["dialogues"] for s in report["splits"]) == len(load_corpus()) >= 1000
+    assert report["skipped"] == []
+    labels = {row["label"]: sum(row[split] for split in SPLITS) for row in report["labels"]}
+    turns = sum(s["utterances"] for s in report["splits"])
+    assert sum(labels[act] for act in ACTS) == sum(labels[emotion] for emotion in EMOTIONS) == turns
+
+
+def test_corpus_names_a_broken_line(capsys, tmp_path):
+    path = tmp_path / "with a space.jsonl"
+    path.write_text('{"turns": [{"text": "Hi."}]}\n{"turns": [{"text": "Hi.", "act": "joke"}]}\n')
+    code, out, _ = run(["corpus", str(path)], capsys)
+    assert code == 0 and "skipped: 1" in out and "line 2: act='joke'" in out and "turns by label" not in out
+    code, _, err = run(["corpus", str(path), "--strict"], capsys)
+    assert code == 2 and f"{path}, line 2: act='joke'" in err
 
 
 GRID = """

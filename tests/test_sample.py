@@ -1,14 +1,22 @@
 """The sample corpus is varied and balanced enough: what its data card promises is counted here."""
 
+import hashlib
 import json
 import re
 from collections import Counter, defaultdict
 
 import pytest
 
+from llama_dialogue.attribute.defaults import default_head
+from llama_dialogue.attribute.head import AttributeHead
+from llama_dialogue.attribute.sample_corpus import closest_dialogues, embed_dialogues, read_second_labels
 from llama_dialogue.core.dialogues import load_corpus
+from llama_dialogue.core.models import ChatModel, tiny_chat_model
 from llama_dialogue.core.paths import sample_dir
-from llama_dialogue.core.targets import ACTS
+from llama_dialogue.core.records import RunRecord, results_dir
+from llama_dialogue.core.targets import ACTS, EMOTIONS
+
+FIRST = 343  # dialogues of the first edition, which stand first in the file and keep their ids
 
 
 def words(text):
@@ -26,18 +34,34 @@ def turns(corpus):
 
 
 def test_size(corpus, turns):
-    assert len(corpus) >= 240 and len(turns) >= 1600 and not corpus.skipped
-    assert len({dialogue.topic for dialogue in corpus}) == 10
-    lengths = Counter(dialogue.topic for dialogue in corpus)
-    assert min(lengths.values()) >= 20
+    assert len(corpus) >= 1000 and len(turns) >= 8000 and not corpus.skipped
+    topics = Counter(dialogue.topic for dialogue in corpus)
+    assert len(topics) == 10 and min(topics.values()) >= 60
+    assert {2, 16} <= {len(dialogue.turns) for dialogue in corpus} <= set(range(2, 17))
+
+
+def test_the_second_edition_has_short_turns(corpus):
+    lengths = [len(turn.text.split()) for dialogue in corpus.dialogues[FIRST:] for turn in dialogue.turns]
+    assert sum(length < 6 for length in lengths) >= 0.25 * len(lengths)
+
+
+def test_the_first_edition_keeps_its_ids(corpus):
+    ids = "\n".join(dialogue.id for dialogue in corpus.dialogues[:FIRST])
+    assert hashlib.sha256(ids.encode()).hexdigest() == FIRST_SHA256
 
 
 def test_labels(turns):
     acts, emotions = Counter(t.act for t in turns), Counter(t.emotion for t in turns)
-    assert min(acts[act] for act in ACTS) >= 300
-    assert min(emotions[e] for e in ("happiness", "sadness", "anger", "surprise")) >= 80
-    assert min(emotions[e] for e in ("fear", "disgust")) >= 40
-    assert None not in acts and None not in emotions
+    assert set(acts) == set(ACTS) and min(acts.values()) >= 1000
+    assert set(emotions) == set(EMOTIONS)
+    assert min(emotions.values()) >= 150
+    assert min(emotions[e] for e in ("happiness", "sadness", "anger", "surprise")) >= 250
+    assert 0.45 < emotions["no_emotion"] / len(turns) < 0.6
+
+
+def test_splits_are_ten_percent_each(corpus):
+    splits = Counter(dialogue.split for dialogue in corpus)
+    assert all(0.07 < splits[name] / len(corpus) < 0.13 for name in ("validation", "test"))
 
 
 def test_the_data_card_counts_right(corpus, turns):
@@ -81,3 +105,37 @@ def test_ai_talk_is_labelled():
     ]
     labels = Counter(row["label"] for row in rows)
     assert labels == {"ai": 100, "human": 100} and len({row["text"] for row in rows}) == 200
+
+
+def test_no_two_dialogues_are_near_duplicates(corpus):
+    (i, j, cosine), *_ = closest_dialogues(embed_dialogues(corpus.dialogues), n=1)
+    assert cosine < MOST_ALIKE, (corpus.dialogues[i], corpus.dialogues[j])
+
+
+def test_second_labels_belong_to_turns(corpus):
+    found = read_second_labels(sample_dir() / "second_labels.jsonl", corpus.dialogues)
+    assert len(found) == 400 == len({(dialogue.id, turn.text) for dialogue, turn, _ in found})
+
+
+@pytest.mark.parametrize("target", ["act", "emotion"])
+def test_shipped_heads_are_of_this_corpus_and_used(corpus, target):
+    head = AttributeHead.from_pretrained(sample_dir() / "heads" / target)
+    assert head.report["data"]["sha256"] == corpus.sha256
+    tiny = tiny_chat_model()
+    same = ChatModel(tiny.model, tiny.tokenizer, "smollm2-135m", head.model_sha)
+    assert default_head(same, target).sha256 == head.sha256
+
+
+def test_the_record_is_of_this_corpus_and_the_card_tells_its_numbers(corpus):
+    record = RunRecord.load(results_dir() / "attribute" / "sample-corpus.json")
+    assert record.inputs["data"]["sha256"] == corpus.sha256
+    card = " ".join((sample_dir() / "README.md").read_text(encoding="utf-8").split())
+    for part, score in (
+        ("second act", "agreement"),
+        ("second act", "kappa"),
+        ("second emotion", "agreement"),
+    ):
+        assert str(record.scores[part][score]) in card
+    for part in ("first edition", "second edition", "dailydialog"):
+        assert str(record.scores[part]["perplexity"]) in card
+    assert f"{record.details['closest'][0][2]:.2f}" in card

@@ -68,6 +68,9 @@ def corpus(data, strict, as_json):
     if as_json:
         return print_json(report)
     click.echo(format_table(report["splits"]))
+    if report["labels"]:
+        click.echo("\nturns by label:")
+        click.echo(format_table(report["labels"]))
     click.echo(f"\nskipped: {len(report['skipped'])}")
     for row in report["skipped"][:20]:
         click.echo(f"  {row['file']} line {row['line']}: {row['reason']}")
@@ -93,9 +96,24 @@ def _corpus_report(data: str, strict: bool) -> dict:
         for name, ds in splits.items()
     ]
     skipped = [{"file": s.file, "line": s.line, "reason": s.reason} for s in loaded.skipped]
+    labels = _label_counts(splits)
     overlap = split_overlap(splits).to_dict("records")
     about = {"name": loaded.name, "sha256": loaded.sha256}
-    return about | {"splits": counts, "skipped": skipped, "overlap": overlap}
+    return about | {"splits": counts, "labels": labels, "skipped": skipped, "overlap": overlap}
+
+
+def _label_counts(splits: dict) -> list[dict]:  # a row a label that occurs: label, one count a split
+    "Count the labels of each split."
+    from collections import Counter
+
+    from llama_dialogue.core.targets import ACTS, EMOTIONS
+
+    counts = {
+        name: Counter(label for d in ds for turn in d.turns for label in (turn.act, turn.emotion))
+        for name, ds in splits.items()
+    }
+    found = [label for label in (*ACTS, *EMOTIONS) if any(count[label] for count in counts.values())]
+    return [{"label": label} | {name: count[label] for name, count in counts.items()} for label in found]
 
 # %% ../../nbs/core/95_commands.ipynb #k0000016
 @click.command("records", short_help="List the records of a folder.")
