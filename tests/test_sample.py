@@ -17,6 +17,8 @@ from llama_dialogue.core.records import RunRecord, results_dir
 from llama_dialogue.core.targets import ACTS, EMOTIONS
 
 FIRST = 343  # dialogues of the first edition, which stand first in the file and keep their ids
+FIRST_SHA256 = "7925f1f6b553a67580920016ad345993d9776a702f022ece352e83cdabb13601"
+MOST_ALIKE = 0.85  # cosine of the embeddings from which on two dialogues count as near-duplicates
 
 
 def words(text):
@@ -71,7 +73,7 @@ def test_the_data_card_counts_right(corpus, turns):
         label: int(n.replace(",", "")) for label, n in re.findall(r"^\| (\w+) \| ([\d,]+) \|$", card, re.M)
     }
     assert told == counts
-    assert f"{len(corpus)} two-person" in card and f"{len(turns):,} turns" in card
+    assert f"{len(corpus):,} two-person" in card and f"{len(turns):,} turns" in card
 
 
 def test_ids_are_the_hash_of_the_turns(corpus):

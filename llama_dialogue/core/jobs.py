@@ -85,7 +85,7 @@ def _state(
         except InputError:
             return "missing"
     if value in ("default", "sample"):
-        return "there" if kind == "data" else "made from the sample corpus when first needed"
+        return "there" if kind == "data" else "shipped, or made from the sample corpus when first needed"
     return "there" if Path(value).exists() else "missing"
 
 # %% ../../nbs/core/92_jobs.ipynb #j0000016
