@@ -128,16 +128,29 @@ def test_shipped_heads_are_of_this_corpus_and_used(corpus, target):
     assert default_head(same, target).sha256 == head.sha256
 
 
-def test_the_record_is_of_this_corpus_and_the_card_tells_its_numbers(corpus):
-    record = RunRecord.load(results_dir() / "attribute" / "sample-corpus.json")
+def test_every_new_dialogue_has_its_situation(corpus):
+    lines = (sample_dir() / "situations.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["id"] for row in rows] == [dialogue.id for dialogue in corpus.dialogues[FIRST:]]
+    assert len({row["situation"] for row in rows}) == len(rows)
+    assert set(Counter(row["variety"] for row in rows)) == {"US", "GB", "L2"}
+
+
+def test_the_records_are_of_this_corpus_and_the_card_tells_their_numbers(corpus):
+    results = results_dir() / "attribute"
+    record, guideline = (
+        RunRecord.load(results / f"{name}.json") for name in ("sample-corpus", "dailydialog-by-guideline")
+    )
     assert record.inputs["data"]["sha256"] == corpus.sha256
     card = " ".join((sample_dir() / "README.md").read_text(encoding="utf-8").split())
-    for part, score in (
-        ("second act", "agreement"),
-        ("second act", "kappa"),
-        ("second emotion", "agreement"),
-    ):
-        assert str(record.scores[part][score]) in card
-    for part in ("first edition", "second edition", "dailydialog"):
-        assert str(record.scores[part]["perplexity"]) in card
+    told = [guideline.scores[f"second {what}"]["kappa"] for what in ("act", "emotion")]
+    told += [record.scores[f"second {what}"]["kappa"] for what in ("act", "emotion")]
+    parts = ("first edition", "second edition", "dailydialog")
+    shares = ("with_emotion", "happy_end", "negative_then_happy_end")
+    told += [record.scores[part][score] for part in parts for score in ("perplexity", *shares)]
+    assert [str(value) for value in told if str(value) not in card] == []
+    for own, n in ((record, 400), (guideline, 200)):
+        for what in ("act", "emotion"):
+            assert f"{round(own.scores[f'second {what}']['agreement'].value * n)} of {n}" in card
     assert f"{record.details['closest'][0][2]:.2f}" in card
+    assert f"{record.details['mended']} of them" in card

@@ -66,6 +66,25 @@ def _length_scores(
         "turns_per_dialogue": bootstrap_interval([len(dialogue.turns) for dialogue in dialogues]),
     }
 
+
+_NEGATIVE = {"anger", "disgust", "fear", "sadness"}
+
+
+def _emotion_scores(
+    dialogues: Sequence[Dialogue],
+) -> dict:  # with_emotion, happy_end, negative_then_happy_end: shares of the dialogues
+    "Estimate how emotions run through dialogues, to see whether many follow one pattern."
+    from llama_dialogue.core.statistics import rate_interval
+
+    seen = [[turn.emotion for turn in dialogue.turns] for dialogue in dialogues]
+    happy = [emotions[-1] == "happiness" for emotions in seen]
+    low = [bool(_NEGATIVE & set(emotions)) for emotions in seen]
+    return {
+        "with_emotion": rate_interval([set(emotions) != {"no_emotion"} for emotions in seen]),
+        "happy_end": rate_interval(happy),
+        "negative_then_happy_end": rate_interval([a and b for a, b in zip(happy, low, strict=True)]),
+    }
+
 # %% ../../nbs/attribute/45_sample_corpus.ipynb #c0c50014
 def _reply_perplexity(
     chat,  # a `ChatModel`
@@ -73,7 +92,7 @@ def _reply_perplexity(
     replies: int,  # drawn at random; fewer if there are fewer
     seed: int = 0,
 ):  # Interval, token-weighted, resampling dialogues
-    "Measure the perplexity of human replies."
+    "Measure the perplexity of the replies of a corpus."
     from llama_dialogue.attribute.features import encode_replies, example_prompts
     from llama_dialogue.core.dialogues import make_examples
     from llama_dialogue.core.metrics import perplexity, reply_nll
@@ -226,7 +245,8 @@ def corpus_card_job(
     with run as record:
         for part, dialogues in parts.items():
             surprise = _reply_perplexity(chat, dialogues, config.replies, config.seed)
-            record.scores[part] = _length_scores(dialogues) | {"perplexity": surprise}
+            record.scores[part] = _length_scores(dialogues) | _emotion_scores(dialogues)
+            record.scores[part]["perplexity"] = surprise
             record.details[part] = count_dialogues(dialogues)
         closest = closest_dialogues(embed_dialogues(corpus.dialogues, config.encoder), config.pairs)
         record.details["closest"] = [

@@ -155,7 +155,7 @@ def _learning_curve(
 _SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "macro_f1_frequent", "f1_emotions", "ece")
 _LIMITS = (
     "judging people, languages other than English, or talk that is not everyday small talk; "
-    "machine-written replies differ from what it was trained on."
+    "replies that a chat model samples differ from the texts it was trained on."
 )
 
 

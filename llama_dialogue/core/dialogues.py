@@ -142,8 +142,10 @@ class _Skips:
 
     def corpus(self, name: str, dialogues: list[Dialogue]) -> Corpus:
         if not dialogues:
-            seen = self.rows[0] if self.rows else "no dialogue in it"
-            raise InputError(f"{self.root}: nothing could be read ({seen}): need at least one dialogue")
+            first = self.rows[0] if self.rows else None
+            where = f" in {first.file}{f', line {first.line}' if first.line else ''}" if first else ""
+            reason = first.reason if first else "no dialogue in it: need at least one"
+            raise InputError(f"{self.root}: nothing could be read{where}: {reason}")
         return Corpus(name, tuple(dialogues), tuple(self.rows))
 
 # %% ../../nbs/core/40_dialogues.ipynb #da820ae9

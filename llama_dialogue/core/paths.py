@@ -94,7 +94,7 @@ def find_corpus(
     if home and (Path(home) / name).exists():
         return Path(home) / name
     looked = f"{str(name)!r} is no path" + (f" and not in LLAMA_DIALOGUE_DATA={home}" if home else "")
-    raise InputError(f"data: {looked}: need a folder, a .jsonl file or 'sample', e.g. --data data/sample")
+    raise InputError(f"data: {looked}: need a folder, a .jsonl file or 'sample', e.g. data/sample")
 
 # %% ../../nbs/core/20_paths.ipynb #2248ca4e
 @contextmanager
