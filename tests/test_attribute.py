@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from shell import config_file, run
 from transformers import BertConfig, BertModel
 
-from llama_dialogue.app.cli import main
 from llama_dialogue.attribute import configs
 from llama_dialogue.attribute.evaluation import evaluate_job, load_reader
 from llama_dialogue.attribute.head import AttributeHead, HeadReader
@@ -26,7 +26,6 @@ from llama_dialogue.core.dialogues import Dialogue, Example, Turn, load_corpus, 
 from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.fingerprints import Fingerprints
 from llama_dialogue.core.models import load_encoder, tiny_chat_model
-from llama_dialogue.core.paths import checkout_dir
 from llama_dialogue.core.records import RunRecord, results_dir
 from llama_dialogue.core.targets import ACT, ACTS
 from llama_dialogue.core.texts import nearest_texts
@@ -81,10 +80,8 @@ def make_head(tiny, **options) -> AttributeHead:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_config_is_that_of_its_record(path):
-    record, folder = RunRecord.load(path), checkout_dir() / "configs"
-    files = [folder / "attribute" / f"{path.stem}.yaml"]
-    files += [folder / "embedded" / f"{path.stem.removeprefix('embedded-')}.yaml"]
-    ours = JOBS[record.job].from_yaml(next(file for file in files if file.is_file()))
+    record = RunRecord.load(path)
+    ours = JOBS[record.job].from_yaml(config_file(path))
     assert ours == JOBS[record.job].from_dict(record.config) and ours.name == record.name
     assert set(record.config) <= set(ours.to_dict())
 
@@ -280,16 +277,6 @@ def known_judge(tmp_path, elsewhere):
     near = " ".join([*words[:-1], "tomorrow"])
     judge = make_judge(train_replies=Fingerprints.of([replies[0], replies[1].upper(), near]))
     return judge.save_pretrained(tmp_path / "a judge")
-
-
-def run(arguments, capsys):
-    try:
-        main([str(argument) for argument in arguments])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_eval_of_a_corpus_with_a_test_part_only(elsewhere, known_judge, capsys, tmp_path):

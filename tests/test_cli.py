@@ -9,27 +9,16 @@ from pathlib import Path
 import click
 import pandas as pd
 import pytest
+from shell import run
 
 from llama_dialogue.app import commands as app_commands
-from llama_dialogue.app.cli import cli, main
+from llama_dialogue.app.cli import cli
 from llama_dialogue.core.config import read_yaml
 from llama_dialogue.core.dialogues import SPLITS, load_corpus
 from llama_dialogue.core.jobs import check_job, configure
 from llama_dialogue.core.plugins import list_plugins, load_plugin
 from llama_dialogue.core.records import RunRecord
 from llama_dialogue.core.targets import ACTS, EMOTIONS
-
-
-def run(arguments, capsys):
-    """Run the command line in this process; return exit code, stdout and stderr."""
-    try:
-        main(arguments)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
 
 BAD = {
     "model": (["demo", "--model", "smollm", "--check"], "smollm2-135m"),

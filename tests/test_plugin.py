@@ -6,10 +6,10 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from shell import run
 from tiny import make_head, make_judge
 
 from llama_dialogue.app import commands as app_commands
-from llama_dialogue.app.cli import main
 from llama_dialogue.attribute.features import example_features, reply_features
 from llama_dialogue.attribute.head import fit_head
 from llama_dialogue.compare.cells import GridConfig, expand_cells
@@ -94,17 +94,6 @@ def installed(tmp_path_factory):
     sys.modules.pop("toy_steering", None)
     list_plugins.cache_clear()
     importlib.reload(app_commands)
-
-
-def run(arguments, capsys):
-    """Run the command line in this process; return exit code, stdout and stderr."""
-    try:
-        main(arguments)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 SMALL = {

@@ -5,6 +5,7 @@ import re
 import pytest
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
+from shell import config_file
 
 from llama_dialogue.attribute.training import reader_card
 from llama_dialogue.core.records import RunRecord, load_rows, results_dir
@@ -26,9 +27,7 @@ def test_record_is_whole_and_has_its_config(path):
     record = RunRecord.load(path)
     assert record.status == "done" and record.job and (record.scores or record.details)
     assert {"model", "encoder", "data"} & set(record.inputs)
-    files = [CFG.config_path / "configs" / path.parent.name / f"{path.stem}.yaml"]
-    files += [CFG.config_path / "configs" / "embedded" / f"{path.stem.removeprefix('embedded-')}.yaml"]
-    assert any(file.exists() for file in files)
+    assert config_file(path).is_file()
     if record.rows:
         rows = load_rows(path.with_name(record.rows))
         assert len(rows) and not {"context", "text", "act"} & set(rows.columns)

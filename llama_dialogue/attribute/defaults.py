@@ -34,11 +34,7 @@ from ..core.paths import cache_dir, lock, sample_dir, sha256_text
 from ..core.targets import ACT, EMOTION, Target, get_target
 
 # %% ../../nbs/attribute/50_defaults.ipynb #12f7e4c6
-_FIRST_USE = {
-    "train": 110,
-    "validation": 20,
-    "test": 80,
-}  # dialogues that are read at the first use of a model
+_FIRST_USE = {"train": 110, "validation": 20, "test": 80}  # dialogues that a default head reads
 
 
 def default_examples(
