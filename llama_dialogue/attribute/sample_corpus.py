@@ -167,13 +167,11 @@ def _label_agreement(
     what: str,  # "act" or "emotion"
 ) -> dict:  # agreement, kappa: Intervals
     "Compare the two labels of each turn."
-    from llama_dialogue.core.classification import agreement
+    from llama_dialogue.core.classification import label_agreement
 
     names = {"act": ACTS, "emotion": EMOTIONS}[check_choice("label", what, ("act", "emotion"))]
-    one_hot = [
-        np.eye(len(names))[[names.index(getattr(row[column], what)) for row in found]] for column in (1, 2)
-    ]
-    return agreement(*one_hot, [dialogue.id for dialogue, *_ in found])
+    first, second = ([getattr(row[column], what) for row in found] for column in (1, 2))
+    return label_agreement(first, second, names, [dialogue.id for dialogue, *_ in found])
 
 
 def _label_table(found: Sequence[tuple[Dialogue, Turn, Turn]], what: str) -> dict:

@@ -9,11 +9,10 @@ __all__ = ['sample_for_annotation', 'AnnotationConfig', 'annotate_grid', 'record
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .scores import grid_contexts, is_human
-from ..core.classification import agreement
+from ..core.classification import label_agreement
 from ..core.config import Config, frozen
 from ..core.dialogues import Turn
 from ..core.errors import InputError
@@ -104,8 +103,7 @@ def annotation_agreement(
 ) -> dict[str, Interval]:  # agreement, kappa; target accuracy by the annotator's labels and by the judge's
     "Compare the judge with the annotator."
     ids = labelled.dialogue_id.tolist()
-    one_hot = [np.eye(len(classes))[labelled[name].map(classes.index)] for name in ("label", "judged")]
-    return agreement(*one_hot, ids) | {
+    return label_agreement(labelled.label.tolist(), labelled.judged.tolist(), classes, ids) | {
         f"target_accuracy_by_{who}": rate_interval(
             (labelled[name] == labelled.target_class).to_numpy(float), ids
         )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reader', 'target_labels', 'score_predictions', 'TfidfBaseline', 'confusion_table', 'plot_confusion',
-           'drop_train_duplicates', 'agreement']
+           'drop_train_duplicates', 'agreement', 'label_agreement']
 
 # %% ../../nbs/core/78_classification.ipynb #6c0a5df2
 from collections.abc import Callable, Sequence
@@ -375,3 +375,14 @@ def agreement(
         "agreement": rate_interval(a == b, clusters, seed, resamples),
         "kappa": _interval(value, draws, len(a)),
     }
+
+
+def label_agreement(
+    first: Sequence[str],  # [N] class names
+    second: Sequence[str],  # [N]
+    classes: Sequence[str],  # C names
+    clusters: Sequence | None = None,  # [N] dialogue ids
+) -> dict[str, Interval]:  # agreement, kappa
+    "Compare two annotators, or an annotator with a reader, by the names of their classes."
+    one_hot = [np.eye(len(classes))[[classes.index(name) for name in names]] for names in (first, second)]
+    return agreement(*one_hot, clusters)
