@@ -1,0 +1,10 @@
+"""Tune a chat model so that a tag in the chat template sets the class of its reply."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "templates": ["TagTemplate", "render_dialogue", "render_prompt"],
+    },
+)
