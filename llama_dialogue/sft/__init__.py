@@ -6,5 +6,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "templates": ["TagTemplate", "render_dialogue", "render_prompt"],
+        "mask": ["check_template", "show_mask"],
     },
 )
