@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "configs": ["SFTTrainingConfig"],
+        "templates": ["TEMPLATES", "TagTemplate", "render_prompt"],
+        "mask": ["show_mask"],
         "adapters": ["load_adapter"],
         "training": ["train_adapter_job"],
     },
