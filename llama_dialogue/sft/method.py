@@ -34,7 +34,9 @@ class Adapter:
         self.classes, self.sha256 = self.target.classes, adapter_sha256(folder)
         self._tuned = self._of = None
         if sha256 not in (None, self.sha256):
-            raise InputError(f"adapter {folder}: changed since the run began: need the same, or begin a new run")
+            raise InputError(
+                f"adapter {folder}: changed since the run began: need the same, or begin a new run"
+            )
 
     def __reduce__(self):
         return Adapter, (self.folder, self.sha256)
