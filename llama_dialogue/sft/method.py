@@ -32,6 +32,7 @@ class Adapter:
         self.folder, self.name, self.base = str(folder), stored["name"], stored["base"]
         self.target = Target(stored["target"]["name"], tuple(stored["target"]["classes"]))
         self.classes, self.sha256 = self.target.classes, adapter_sha256(folder)
+        self.train_replies = stored["train_replies"]  # fingerprints of what it learned, or None
         self._tuned = self._of = None
         if sha256 not in (None, self.sha256):
             raise InputError(
