@@ -1,4 +1,4 @@
-"""Fine-tune a chat model so that a tag decides the emotion or the act of its reply."""
+"""Tune a chat model so that a tag in the chat template sets the class of its reply."""
 
 import lazy_loader as lazy
 
@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "configs": ["SFTTrainingConfig"],
-        "templates": ["TEMPLATES", "TagTemplate", "render_prompt"],
-        "mask": ["show_mask"],
+        "templates": ["TagTemplate", "render_dialogue", "render_prompt"],
+        "mask": ["check_template", "show_mask"],
         "adapters": ["load_adapter"],
         "training": ["train_adapter_job"],
     },

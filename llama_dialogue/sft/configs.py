@@ -12,6 +12,7 @@ from ..core.errors import InputError, check_choice
 from ..core.jobs import Job
 from ..core.targets import get_target
 from ..prompting.prompts import SYSTEM_PROMPTS
+from .templates import get_template
 
 # %% ../../nbs/sft/05_configs.ipynb #sc000007
 def _in_range(
@@ -87,7 +88,6 @@ class AdapterConfig(Config):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 # %% ../../nbs/sft/05_configs.ipynb #sc000013
-TEMPLATE_NAMES = ("in_inst", "out_inst", "in_inst_uni", "out_inst_uni", "native")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 REPORTS = ("none", "trackio", "tensorboard", "wandb")
 DTYPES = ("auto", "bf16", "fp16", "fp32", "fp64")
@@ -125,7 +125,7 @@ class SFTTrainingConfig(Config):
     resume: bool = False  # go on with an interrupted run, or refuse
 
     def __post_init__(self):
-        check_choice("template", self.template, TEMPLATE_NAMES)
+        get_template(self.template)
         get_target(self.target)
         check_choice("system", self.system, SYSTEM_PROMPTS)
         check_choice("dtype", self.dtype, DTYPES)
@@ -198,7 +198,7 @@ def _show_training(result) -> str:
     details = record.details
     held = record.scores["validation"]
     return (
-        f"{details['steps']} steps, {details['loss_tokens']:,} loss tokens, "
+        f"{details['steps']} steps, {details['timed']['loss_tokens']:,} loss tokens, "
         f"{record.tokens_per_second:,.0f} of them a second, {record.peak_memory_mb:,.0f} MiB at most\n"
         f"validation loss {held['start']:.3f} before, {held['loss']:.3f} after"
     )
