@@ -47,6 +47,8 @@ def is_adapter(
         raise InputError(
             f"model {model!r}: no adapter.json there: need a folder of `llama-dialogue sft train`"
         )
+    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+        raise InputError(f"model {model!r}: no such folder: need one of `llama-dialogue sft train`, or a base model")
     find_model(model)
     return False
 
