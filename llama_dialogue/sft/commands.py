@@ -27,8 +27,8 @@ def _evaluation_inputs(config: SFTEvaluationConfig) -> list[tuple]:
 def _evaluation_work(config: SFTEvaluationConfig) -> str:
     "Say how much is replied to."
     tests, classes = [], len(get_target(config.target).classes)
-    if "true" in config.tests:
-        some = f"{config.true.n}" if config.true.n else "all"
+    if "reference" in config.tests:
+        some = f"{config.reference.n}" if config.reference.n else "all"
         tests.append(f"{some} replies that are not neutral and as many neutral ones, towards their classes")
     if "every" in config.tests:
         tests.append(f"{config.every.n} contexts x {classes} classes")
@@ -39,8 +39,8 @@ def _evaluation_work(config: SFTEvaluationConfig) -> str:
 
 
 _COLUMNS = {
-    "true": ("true", "accuracy"),
-    "macro-F1": ("true", "macro_f1"),
+    "reference": ("reference", "accuracy"),
+    "macro-F1": ("reference", "macro_f1"),
     "natural mix": ("natural", "accuracy"),
     "F1 emotions": ("natural", "f1_emotions"),
     "every class": ("every", "accuracy"),
@@ -97,7 +97,9 @@ def _train(**options):
 
 
 @sft.command("eval", short_help="Evaluate adapters and base models side by side.")
-@click.option("--models", metavar="A,B,...", help="Folders of adapters, or base models; the first is the baseline.")
+@click.option(
+    "--models", metavar="A,B,...", help="Folders of adapters, or base models; the first is the baseline."
+)
 @config_option("--judge", "judge", help="Folder of a judge of the target.")
 @config_option("--target", "target", help="What the tags say: emotion or act.")
 @config_option("--data", "data")
@@ -129,10 +131,14 @@ def _choose_dialogue(data: str, wanted: str | None):
 
     found = {dialogue.id: dialogue for dialogue in load_corpus(data)}
     if wanted is None:
-        length = {i: abs(len(d.turns) - 4) * 10**6 + sum(len(t.text) for t in d.turns) for i, d in found.items()}
+        length = {
+            i: abs(len(d.turns) - 4) * 10**6 + sum(len(t.text) for t in d.turns) for i, d in found.items()
+        }
         wanted = min(found, key=length.get)
     if wanted not in found:
-        raise InputError(f"dialogue {wanted!r}: not in {data}: need one of it, e.g. {nearest(wanted, list(found))!r}")
+        raise InputError(
+            f"dialogue {wanted!r}: not in {data}: need one of it, e.g. {nearest(wanted, list(found))!r}"
+        )
     return found[wanted]
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from ..attribute.judge import Judge
 from ..compare.cells import HUMAN, Cell
 from ..compare.grid import METHOD_VERSION, SteerShard, _Loaded
 from ..compare.methods import SteeringConfig, SteeringInputs, check_inputs, get_method
-from ..compare.scores import GridContexts, _control, _load_judge, _tokenize_again, human_replies
+from ..compare.scores import _control, _load_judge, _tokenize_again, human_replies
 from llama_dialogue.core.classification import (
     _confusion_scores,
     _count_confusions,
@@ -39,6 +40,7 @@ from ..core.records import RunRecord, save_rows, start_run
 from ..core.statistics import Interval, bootstrap_interval, rate_interval
 from ..core.targets import Target, get_target
 from ..prompting.ai_talk import is_ai_talk
+from ..prompting.prompts import build_prompt
 from .evaluation_config import SFTEvaluationConfig, is_adapter, model_labels
 from .method import Adapter
 from .tag_likelihood import class_rates, compare_hits, tag_likelihoods, tag_scores
@@ -53,7 +55,7 @@ class EvaluationSets:
 
     corpus: Corpus
     target: Target
-    true: tuple[Example, ...]  # called after dialogue and place
+    reference: tuple[Example, ...]  # called after dialogue and place
     every: tuple[Example, ...]  # one of a dialogue
     mix: dict[str, float]  # class -> share of all replies that could be chosen
 
@@ -79,7 +81,7 @@ def evaluation_sets(
     corpus, target = load_corpus(config.data, config.split), get_target(config.target)
     own = _eligible(config, corpus, target)
     counts = Counter(target.label(e.reply) for e in own)
-    felt = [e for e in own if target.label(e.reply) != _NEUTRAL][: config.true.n or None]
+    felt = [e for e in own if target.label(e.reply) != _NEUTRAL][: config.reference.n or None]
     neutral = [e for e in own if target.label(e.reply) == _NEUTRAL][: len(felt)]
     every = []
     if "every" in config.tests:
@@ -164,13 +166,13 @@ class _Part:
 def _parts(config: SFTEvaluationConfig, sets: EvaluationSets) -> list[_Part]:
     "Cut the tests into parts."
     label, classes = sets.target.label, sets.target.classes
-    own = [(example, label(example.reply)) for example in sets.true]
+    own = [(example, label(example.reply)) for example in sets.reference]
     rows = {
-        "true": own,
+        "reference": own,
         "every": [(example, name) for example in sets.every for name in classes],
         "likelihood": sorted(own, key=lambda pair: pair[0].id)[: config.likelihood_n or None],
     }
-    seeds = {"true": config.true.seeds, "every": config.every.seeds, "likelihood": (0,)}
+    seeds = {"reference": config.reference.seeds, "every": config.every.seeds, "likelihood": (0,)}
     size = config.shard_size
     return [
         _Part(test, tuple(rows[test][i : i + size]), seed)
@@ -244,9 +246,8 @@ class _Scorer:
     def __init__(
         self, sets: EvaluationSets, judge: Judge, chat: ChatModel, system: str, foreign: Sequence[str]
     ):
-        self.judge, self.chat, self.foreign = judge, chat, foreign
-        examples = {e.dialogue_id: e for e in (*sets.every, *sets.true)}
-        self.contexts = GridContexts(examples, sets.target, system)
+        self.judge, self.chat, self.system, self.foreign = judge, chat, system, foreign
+        self.target, self.examples = sets.target, _by_id((*sets.every, *sets.reference))
         self.reader = PromptReader(chat.model, chat.tokenizer)
         self.depends = [_VERSION, judge.sha256, chat.sha256, str(chat.dtype), system, sets.corpus.sha256]
 
@@ -254,19 +255,23 @@ class _Scorer:
         "Judge replies, and sum their nats."
         if model in self.foreign:
             rows = _tokenize_again(self.chat, rows)
-        examples = self.contexts.of(rows.dialogue_id)
-        judged = _control(self.judge, examples, rows)
-        tokens = rows.token_ids.map(len).to_numpy()
-        nll, some = np.full(len(rows), np.nan), np.flatnonzero(tokens)
-        if len(some):
-            prompts = GridContexts.prompts(replace(self.contexts, examples=_by_id(examples)), self.chat)
-            asked = [prompts[rows.dialogue_id.iloc[i]] for i in some]
-            nll[some], _ = self.reader.score(asked, [rows.token_ids.iloc[i].tolist() for i in some])
+        examples = [self.examples[name] for name in rows.dialogue_id]
+        judged, token_ids = _control(self.judge, examples, rows), [list(ids) for ids in rows.token_ids]
+        nll, some = np.full(len(rows), np.nan), [i for i, ids in enumerate(token_ids) if ids]
+        if some:
+            prompts = [build_prompt(self.chat.tokenizer, examples[i].context, self.system) for i in some]
+            nll[some], _ = self.reader.score(prompts, [token_ids[i] for i in some])
         found = {"test": test, "model": model} | {n: judged[n] for n in ("judged", "probability")}
-        found |= {"nll": nll, "num_tokens": tokens, "ai_talk": [is_ai_talk(reply) for reply in rows.reply]}
+        found |= {"nll": nll, "num_tokens": [len(ids) for ids in token_ids]}
+        found |= {"ai_talk": [is_ai_talk(reply) for reply in rows.reply]}
         own = rows[["dialogue_id", "target_class", "seed", "reply", "stopped", "seconds"]]
         scored = own.assign(**found)
         return scored.assign(judged=scored.judged.mask(scored.nll.isna(), ""))
+
+    def score_human(self, part: _Part) -> pd.DataFrame:
+        "Score the human replies of a part; their texts are left out."
+        own = SimpleNamespace(target=self.target, examples=_by_id([example for example, _ in part.rows]))
+        return self.score(human_replies(self.chat, own, part.seed), part.test, HUMAN).assign(reply="")
 
 
 def _by_id(examples: Sequence[Example]) -> dict[str, Example]:
@@ -285,10 +290,7 @@ class _ScoreWork:
     def __call__(self, item: WorkItem) -> pd.DataFrame:
         model, part = item.cell["model"], self.parts[item.shard]
         if model == HUMAN:
-            own = replace(self.scorer.contexts, examples=_by_id([example for example, _ in part.rows]))
-            rows = human_replies(self.scorer.chat, own, part.seed)
-            rows["token_ids"] = [np.array(tokens) for tokens in rows.token_ids]
-            return self.scorer.score(rows, part.test, HUMAN).assign(reply="")
+            return self.scorer.score_human(part)
         rows = read_part(self.out / model, self.items[model][item.shard].key)
         return self.scorer.score(rows, part.test, model)
 
@@ -302,11 +304,11 @@ def _score_all(
     progress: bool,
 ) -> pd.DataFrame:  # a row a reply, and one a human reply
     "Score the replies of all models and the human ones of the first test."
-    parts, todo, first = _parts(config, sets), [], config.true.seeds[0]
+    parts, todo, first = _parts(config, sets), [], config.reference.seeds[0]
     for number, part in enumerate(parts):
         if part.test == "likelihood":
             continue
-        for model in [*items, *([HUMAN] if (part.test, part.seed) == ("true", first) else [])]:
+        for model in [*items, *([HUMAN] if (part.test, part.seed) == ("reference", first) else [])]:
             made = [e.id for e, _ in part.rows] if model == HUMAN else items[model][number].key
             key = item_key(made, part.test, model, *scorer.depends)
             todo.append(WorkItem({"model": model}, number, part.seed, key))
@@ -432,9 +434,7 @@ def _hits(rows: pd.DataFrame, classes: Sequence[str]) -> np.ndarray:
     return (np.array(likeliest) == rows.target_class).to_numpy()
 
 # %% ../../nbs/sft/60_evaluation.ipynb #se600037
-def _likelihood_rows(
-    config: SFTEvaluationConfig, sets: EvaluationSets, items: Mapping, out: Path, known: set
-):
+def _likelihood_rows(items: Mapping, out: Path, known: set[str]) -> pd.DataFrame:
     "Lay out the likelihoods of all models, without replies that were learned."
     found = [
         read_part(out / model, item.key).assign(test="likelihood", model=model, seed=item.seed)
@@ -448,11 +448,13 @@ def _likelihood_rows(
 
 def _learned(config: SFTEvaluationConfig, sets: EvaluationSets, candidates: Sequence[_Candidate]) -> set[str]:
     "Name the test replies that an adapter has learned, or nearly so."
-    kept = list(sets.true)
+    kept = list(sets.reference)
     for candidate in candidates:
         if candidate.adapter and candidate.adapter.train_replies is not None:
             kept, _ = drop_train_duplicates(kept, candidate.adapter.train_replies)
-    return set() if config.keep_train_duplicates else {e.id for e in sets.true} - {e.id for e in kept}
+    if config.keep_train_duplicates:
+        return set()
+    return {e.dialogue_id for e in sets.reference} - {e.dialogue_id for e in kept}
 
 
 def _model_scores(
@@ -465,10 +467,10 @@ def _model_scores(
         if test == "likelihood":
             found[test] = tag_scores(np.stack(rows.log_likelihoods), labels, classes, ids, least)
             continue
-        if test == "true":
+        if test == "reference":
             hits = rows.judged == rows.target_class
             rates = class_rates(hits, labels, classes, ids, least)
-            found["true"] = obedience_scores(rows, classes) | rates
+            found["reference"] = obedience_scores(rows, classes) | rates
             found["natural"] = obedience_scores(rows, classes, sets.mix)
         else:
             found["every"] = _every_scores(rows, classes, reachable, least)
@@ -486,7 +488,7 @@ def _fill_record(
     for model in labels:
         record.scores[model] = _model_scores(config, sets, rows[rows.model == model], reachable)
     if len(human):
-        texts = {e.dialogue_id: e.reply.text for e in sets.true}
+        texts = {e.dialogue_id: e.reply.text for e in sets.reference}
         named = human.dialogue_id + "-" + human.place.astype(str)
         record.scores[HUMAN] = _model_scores(config, sets, human, reachable, [texts[name] for name in named])
         record.scores[HUMAN]["every"] = _every_scores(human, classes, reachable, config.least_replies)
@@ -496,7 +498,7 @@ def _fill_record(
     record.details |= {
         "reachable": reachable,
         "mix": {name: round(share, 4) for name, share in sets.mix.items()},
-        "n": {"true": _counts(sets.true, sets.target), "every": len(sets.every)},
+        "n": {"reference": _counts(sets.reference, sets.target), "every": len(sets.every)},
         "compared": {
             f"{model} - {labels[0]}": compare_models(rows, model, labels[0], classes, reachable)
             for model in labels[1:]
@@ -539,7 +541,8 @@ def evaluate_sft(
         rows = _scored(config, sets, judge, candidates, items, shas, record, out, progress)
         known = _learned(config, sets, candidates)
         if "likelihood" in config.tests:
-            rows = pd.concat([rows, _likelihood_rows(config, sets, items, out, known)], ignore_index=True)
+            found = [rows, _likelihood_rows(items, out, known)]
+            rows = pd.concat([part for part in found if len(part)], ignore_index=True)
         _fill_record(record, config, sets, rows, list(items))
         record.details["learned_replies_left_out"] = len(known)
         rows = rows.drop(columns="seconds", errors="ignore")

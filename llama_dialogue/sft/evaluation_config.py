@@ -18,7 +18,7 @@ from ..core.targets import get_target
 from ..prompting.prompts import SYSTEM_PROMPTS
 
 # %% ../../nbs/sft/58_evaluation_config.ipynb #se580007
-TESTS = ("true", "every", "likelihood")
+TESTS = ("reference", "every", "likelihood")
 _OWN_ROWS = ("human", "majority")  # of the scores, beside the models
 
 
@@ -48,7 +48,9 @@ def is_adapter(
             f"model {model!r}: no adapter.json there: need a folder of `llama-dialogue sft train`"
         )
     if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
-        raise InputError(f"model {model!r}: no such folder: need one of `llama-dialogue sft train`, or a base model")
+        raise InputError(
+            f"model {model!r}: no such folder: need one of `llama-dialogue sft train`, or a base model"
+        )
     find_model(model)
     return False
 
@@ -88,9 +90,9 @@ class SFTEvaluationConfig(Config):
     max_context: int = 99  # turns; longer contexts are passed over
     seed: int = 0  # of the choice of neutral replies and of contexts
     tests: tuple[str, ...] = TESTS
-    true: ReplyTestConfig = ReplyTestConfig()
+    reference: ReplyTestConfig = ReplyTestConfig()
     every: ReplyTestConfig = ReplyTestConfig(n=100)
-    likelihood_n: int = 0  # replies of the test `true`; 0: all
+    likelihood_n: int = 0  # replies of the test `reference`; 0: all
     keep_train_duplicates: bool = False  # score likelihoods of replies that an adapter has learned, too
     least_recall: float = 0.3  # of the judge on human replies, for a class to count as reachable
     least_replies: int = 20  # of a class, for a rate of its own
