@@ -374,14 +374,15 @@ def test_learned_replies_are_left_out_of_the_likelihoods(config, done, place, ti
         "none",
         learned,
     )
-    own = config.override([f"models=[{folder}]", "likelihood_n=0", "tests=[likelihood]"])
+    own = config.override([f"models=[{folder},{place}/outside]", "likelihood_n=0", "tests=[likelihood]"])
     record, rows = evaluate_sft(own, tmp_path / "parts", progress=False)
-    assert len(rows) == len(sets.reference) - 1 and record.details["learned_replies_left_out"] == 1
+    assert list(record.details["compared"]) == ["outside - own"]
+    assert len(rows) == 2 * len(sets.reference) - 2 and record.details["learned_replies_left_out"] == 1
     assert longest.dialogue_id not in set(rows.dialogue_id + "-" + rows.place.astype(str))
     kept, rows = evaluate_sft(
         own.override(["keep_train_duplicates=true"]), tmp_path / "parts", progress=False
     )
-    assert len(rows) == len(sets.reference)
+    assert len(rows) == 2 * len(sets.reference)
 
 
 # what is refused

@@ -10,5 +10,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "mask": ["check_template", "show_mask"],
         "adapters": ["load_adapter"],
         "training": ["train_adapter_job"],
+        "tag_likelihood": ["tag_likelihoods"],
+        "evaluation_config": ["SFTEvaluationConfig"],
+        "evaluation": ["evaluate_sft"],
     },
 )
