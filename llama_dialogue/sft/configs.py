@@ -68,7 +68,7 @@ class AdapterConfig(Config):
 
     rank: int = 16
     alpha: float = 32.0
-    dropout: float = 0.05  # of the input of the low-rank matrices
+    dropout: float = 0.0  # of the input of the low-rank matrices; costs a fifth of the time on a CPU
     rslora: bool = False  # scale by alpha / sqrt(rank), not alpha / rank
     targets: str | tuple[str, ...] = "all-linear"  # or names of layers, e.g. ["q_proj", "v_proj"]
 
@@ -165,13 +165,12 @@ class SFTBenchConfig(Config):
 
     name: str = "bench-sft"  # of the record
     training: SFTTrainingConfig = SFTTrainingConfig()
-    warm_steps: int = 1  # of each round, not timed
-    steps: int = 5  # of each round
+    warm_steps: int = 1  # before the rounds, not timed
+    steps: int = 8  # of each round
     rounds: int = 3
 
     def __post_init__(self):
-        _in_range(self, 0, float("inf"), "warm_steps")
-        _in_range(self, 1, float("inf"), "steps", "rounds")
+        _in_range(self, 1, float("inf"), "warm_steps", "steps", "rounds")
 
 # %% ../../nbs/sft/05_configs.ipynb #sc000023
 def _inputs(config: SFTTrainingConfig, at: str = "") -> list[tuple]:
@@ -219,15 +218,14 @@ SFT = Job(
 # %% ../../nbs/sft/05_configs.ipynb #sc000025
 def _bench_work(config: SFTBenchConfig) -> str:
     "Say how many steps are timed."
-    steps = 3 * config.rounds * (config.warm_steps + config.steps)
+    steps = 4 * (config.warm_steps + config.rounds * config.steps)
     return f"{steps} steps of {config.training.batch_size} sequences on {config.training.model}"
 
 
 def _show_bench(record) -> list[dict]:
     "Lay the speeds out, a row each."
     return [
-        {"training": name, "loss tokens/s": f"{row['loss_tokens_per_second'].value:.1f}"}
-        | {"ours is faster": f"{row['ours_faster'].value:.2f}x"}
+        {"learned tokens/s": name} | {key: f"{value:.2f}" for key, value in row.items()}
         for name, row in record.scores.items()
     ]
 
@@ -236,7 +234,7 @@ SFT_BENCH = Job(
     "sft-bench",
     study="sft",
     config=SFTBenchConfig,
-    run=f"{_MODULE}.training_bench:bench_training",
+    run=f"{_MODULE}.training_bench:bench_training_job",
     inputs=lambda config: _inputs(config.training, "training."),
     work=_bench_work,
     show=_show_bench,

@@ -300,6 +300,16 @@ def _no_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _leave_dtypes_to_autocast(network, config: SFTTrainingConfig) -> None:
+    "Spare the adapter's float32 copies of bf16 inputs, which mixed precision rounds again at once."
+    from peft.tuners.lora import LoraLayer
+
+    mixed = choose_dtype(config.dtype, choose_device("auto")) in (torch.bfloat16, torch.float16)
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = not mixed
+
+
 def make_trainer(
     network,  # of `new_adapter`
     chat: ChatModel,  # of `add_tags`
@@ -309,6 +319,7 @@ def make_trainer(
 ) -> SFTTrainer:
     "Make a trainer; it learns inside `masked_head`."
     network.save_pretrained = functools.partial(network.save_pretrained, save_embedding_layers=False)
+    _leave_dtypes_to_autocast(network, config)
     with _no_warnings(), _no_bars():
         trainer = _Trainer(
             model=network,
