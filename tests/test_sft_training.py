@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +22,14 @@ from llama_dialogue.core.models import load_chat_model, tiny_chat_model
 from llama_dialogue.core.records import RunRecord
 from llama_dialogue.core.targets import EMOTIONS
 from llama_dialogue.core.training import seeded_training
-from llama_dialogue.sft import adapters, data, training
-from llama_dialogue.sft.configs import SFT, AdapterConfig, SFTDataConfig, SFTTrainingConfig
+from llama_dialogue.sft import adapters, data, training, training_bench
+from llama_dialogue.sft.configs import SFT, AdapterConfig, SFTBenchConfig, SFTDataConfig, SFTTrainingConfig
 from llama_dialogue.sft.templates import TEMPLATES, add_tag_tokens, render_prompt
 
 CONFIG = SFTTrainingConfig(
     model="tiny-llama-random",
     data=SFTDataConfig(oversample=0.0, max_validation=4, portion=0.03, max_tokens=300),
-    adapter=AdapterConfig(rank=4),
+    adapter=AdapterConfig(rank=4, dropout=0.1),
     learning_rate=1e-2,
     dtype="fp32",
     epochs=2.0,
@@ -173,11 +174,37 @@ def test_what_only_saves_memory_or_time_changes_no_step(tiny, tmp_path, changes)
 
 
 def test_noise_on_embeddings_changes_the_training_and_leaves_the_model_as_it_was(tiny, tmp_path):
-    plain = CONFIG.override(["steps=2"])
+    plain = CONFIG.override(["steps=2", "adapter.dropout=0"])
     noise = plain.override(["neftune=5"])
     (_, one), (trainer, other) = (fit(c, tiny, tmp_path / str(i)) for i, c in enumerate((plain, noise)))
     assert any((one[name] != other[name]).any() for name in one)
     assert not trainer.model.get_base_model().get_input_embeddings()._forward_hooks
+
+
+def test_trl_computes_the_same_loss_on_the_same_batches(tiny, tmp_path):
+    config = SFTBenchConfig(training=CONFIG.override(["adapter.dropout=0", "epochs=1"]), steps=2, rounds=2)
+    tagged = adapters.add_tags(tiny, CONFIG.template)
+    sets = data.load_sequences(CONFIG, tagged.tokenizer)
+    bases = dict.fromkeys(training_bench._TRAININGS, tiny)
+    trainers = training_bench._trainers(bases, sets, config.training, tmp_path)
+    assert trainers["trl"].args.bf16 and trainers["trl"].args.gradient_checkpointing  # its defaults
+    found = {}
+    for name in ("ours", "trl float32"):
+        trainer = trainers[name]
+        inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+        with training.masked_head(trainer.model.get_base_model()) if name == "ours" else nullcontext():
+            found[name] = trainer.compute_loss(trainer.model.train(), inputs).detach()
+    torch.testing.assert_close(found["ours"], found["trl float32"])
+    parts = training_bench._parts(config, sets)
+    assert [len(part) for part in parts] == [8, 8] and not {id(r) for r in parts[0]} & {
+        id(r) for r in parts[1]
+    }
+    trainers["ours"].learned = 0
+    speeds = training_bench._round(trainers, parts[0], 0)
+    assert trainers["ours"].learned == sum(sum(row["class_tokens"]) for row in parts[0])
+    assert [round(speeds["ours"] / speeds[n], 6) for n in ("trl", "trl float32")] == [
+        round(speeds[f"ours / {n}"], 6) for n in ("trl", "trl float32")
+    ]
 
 
 # --- sequences
