@@ -26,7 +26,9 @@ def test_record_is_whole_and_has_its_config(path):
     record = RunRecord.load(path)
     assert record.status == "done" and record.job and (record.scores or record.details)
     assert {"model", "encoder", "data"} & set(record.inputs)
-    assert (CFG.config_path / "configs" / path.parent.name / f"{path.stem}.yaml").exists()
+    files = [CFG.config_path / "configs" / path.parent.name / f"{path.stem}.yaml"]
+    files += [CFG.config_path / "configs" / "embedded" / f"{path.stem.removeprefix('embedded-')}.yaml"]
+    assert any(file.exists() for file in files)
     if record.rows:
         rows = load_rows(path.with_name(record.rows))
         assert len(rows) and not {"context", "text", "act"} & set(rows.columns)
