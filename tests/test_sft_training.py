@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,15 @@ from llama_dialogue.core.models import load_chat_model, tiny_chat_model
 from llama_dialogue.core.records import RunRecord
 from llama_dialogue.core.targets import EMOTIONS
 from llama_dialogue.core.training import seeded_training
-from llama_dialogue.sft import adapters, data, training, training_bench
-from llama_dialogue.sft.configs import SFT, AdapterConfig, SFTBenchConfig, SFTDataConfig, SFTTrainingConfig
+from llama_dialogue.sft import adapters, data, sweep, training, training_bench
+from llama_dialogue.sft.configs import (
+    SFT,
+    AdapterConfig,
+    SFTBenchConfig,
+    SFTDataConfig,
+    SFTSweepConfig,
+    SFTTrainingConfig,
+)
 from llama_dialogue.sft.templates import TEMPLATES, add_tag_tokens, render_prompt
 
 CONFIG = SFTTrainingConfig(
@@ -436,13 +444,97 @@ def test_what_cannot_be_done_is_one_line(change, told, tmp_path):
     assert not (tmp_path / "tuned").exists()
 
 
-def test_out_of_memory_says_what_to_lower():
+def test_out_of_memory_says_what_it_needs_and_what_to_lower(tiny):
     with (
-        pytest.raises(MachineError, match="gradient_checkpointing=true"),
-        training._memory_faults(CONFIG, 300),
+        pytest.raises(MachineError, match="it needs 0.4 GiB .* --set gradient_checkpointing=true .0.1 GiB."),
+        training._memory_faults(CONFIG.override(["data.max_tokens=2000"]), 2000, tiny.model),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_the_listing_needs_no_model_library():
     assert SFT.config_class is SFTTrainingConfig
+
+
+# --- several processes
+
+
+def launched(command: list, folder: Path, processes: int = 2):
+    "Start a command as `accelerate launch` does on the CPU; give what it printed."
+    config = Path(__file__).parents[1] / "configs" / "accelerate" / "two-cpu-processes.yaml"
+    start = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", processes]
+    start += ["--main_process_port", 0, "--no_python", sys.executable, *command]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, start)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+TWICE = """
+import sys
+from llama_dialogue.app.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_two_processes_end_as_one_with_the_same_batches(tmp_path):
+    changes = ["epochs=1", "adapter.dropout=0", "data.max_validation=5", "learning_rate=1e-3", "save_steps=2"]
+    whole = CONFIG.override([*changes, "batch_size=8"])
+    halves = CONFIG.override([*changes, "batch_size=4"])
+    _, alone = training.train_adapter_job(whole, tmp_path / "alone", progress=False)
+    assert alone.details["data"]["sequences"]["train"] % 8  # the last batch is not full
+    halves.to_yaml(tmp_path / "sft.yaml")
+    text = (tmp_path / "sft.yaml").read_text()
+    (tmp_path / "sft.yaml").write_text("job: sft\n" + text)
+    told = launched(["-c", TWICE, "run", "sft.yaml", "--out", "both"], tmp_path)
+    assert told.count("validation loss") == told.count("wrote both") == 1  # printed once
+    both = RunRecord.load(tmp_path / "runs" / "sft" / "sft.json")
+    assert both.status == "done" and both.details["processes"] == 2
+    for name in ("steps", "data"):
+        assert both.details[name] == alone.details[name]
+    assert both.details["timed"]["loss_tokens"] == alone.details["timed"]["loss_tokens"]
+    for name in ("start", "loss"):
+        assert both.scores["validation"][name] == pytest.approx(alone.scores["validation"][name], abs=2e-4)
+    for mine, other in zip(both.details["losses"], alone.details["losses"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-3)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "both"))
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
+    tuned = adapters.load_adapter(tmp_path / "both")
+    assert both.details["artefact"] == {"name": tuned.name, "sha256": tuned.sha256}
+    assert not list(tmp_path.glob(".both.checkpoints-*"))
+
+
+def test_filled_rows_come_last_and_hold_nothing_to_learn():
+    rows = [{"input_ids": [1] * n, "labels": [-100] * (n - 1) + [1]} for n in (5, 3, 4)]
+    filled = training._fill(training.datasets.Dataset.from_list(rows), 4)
+    assert len(filled) == 4 and filled[3] == {"input_ids": [1] * 3, "labels": [-100] * 3}
+    assert training._fill(filled, 4) is filled
+
+
+def test_a_checkpoint_of_weights_that_are_shared_out_has_other_files(killed, tmp_path):
+    _, checkpoints = left_by(killed, tmp_path)
+    (checkpoints[-1] / "optimizer.pt").rename(checkpoints[-1] / "optimizer.bin")
+    assert training.checkpoint_fault(checkpoints[-1]) == ""
+    (checkpoints[-1] / "adapter_model.safetensors").unlink()
+    assert training.checkpoint_fault(checkpoints[-1]) == "adapter_model.safetensors"
+
+
+# --- the sweep
+
+
+def test_a_sweep_trains_only_what_is_new_and_refuses_several_processes(tiny, tmp_path, monkeypatch):
+    few = CONFIG.override(["steps=1", "adapter.dropout=0"])
+    config = SFTSweepConfig(training=few, ranks=(2,), learning_rates=(1e-2,), epochs=(1.0,), half=False)
+    first = sweep.sweep_adapters_job(config, tmp_path / "sweep", progress=False, chat=tiny)
+    assert first.details["computed"] == len(first.scores) == 2
+    again = sweep.sweep_adapters_job(config, tmp_path / "sweep", tmp_path, progress=False, chat=tiny)
+    assert again.details["computed"] == 0 and again.scores == first.scores
+    assert RunRecord.load(tmp_path / "sft" / "sweep-sft.json").details["means"] == again.details["means"]
+    best = again.details["runs"][0]
+    found = adapters.load_adapter(tmp_path / "sweep" / "adapters" / best["run"], tiny)
+    assert found.sha256 == best["sha256"]
+    monkeypatch.setattr(sweep, "_join_processes", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(InputError, match="without accelerate launch"):
+        sweep.sweep_adapters_job(config, tmp_path / "sweep", progress=False, chat=tiny)

@@ -126,6 +126,7 @@ def save_adapter(
     target: Target | str,  # or its name
     system: str = "none",  # name of the system prompt
     train_replies: Fingerprints | None = None,  # of the replies that it learned; None: not known
+    weights: dict[str, Tensor] | None = None,  # the network's, collected from the processes that share them
 ) -> Path:
     "Write an adapter into a folder, whole or not at all."
     from peft import get_peft_model_state_dict
@@ -145,7 +146,7 @@ def save_adapter(
         "system": system,
         "tag_ids": tag_ids(chat.tokenizer, template, target),
     }
-    tensors = get_peft_model_state_dict(network, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(network, weights, save_embedding_layers=False)
     return save_artifact(folder, "adapter", tensors, about, train_replies, _WEIGHTS, add)
 
 # %% ../../nbs/sft/30_adapters.ipynb #373dff0d

@@ -15,7 +15,7 @@ import time
 import types
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from ..core.errors import InputError, MachineError
 from ..core.fingerprints import Fingerprints
 from ..core.models import ChatModel, choose_device, choose_dtype, load_chat_model
 from ..core.paths import atomic_file, check_writable, sha256_text
-from ..core.records import RunRecord, identity, start_run
+from ..core.records import RunRecord, start_run
 from llama_dialogue.core.training import (
     ProgressBar,
     TrainerCallback,
@@ -43,6 +43,7 @@ from llama_dialogue.core.training import (
 from llama_dialogue.sft.adapters import (
     TaggedChat,
     _no_warnings,
+    adapter_sha256,
     add_tags,
     load_adapter,
     new_adapter,
@@ -51,10 +52,12 @@ from llama_dialogue.sft.adapters import (
 from .configs import SFTTrainingConfig, differing_keys
 from .data import SequenceSets, load_sequences
 from .mask import check_template
+from .memory import head_chunk, model_shape, training_memory
 from .templates import tag_tokens
 
 with _silence():
     import datasets
+    from accelerate import PartialState
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -137,9 +140,10 @@ def _output_layer(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:  # weight,
 @contextmanager
 def masked_head(
     model: nn.Module,  # a causal language model; of a `PeftModel` its `get_base_model()`
-    chunk: int = 1024,  # places at a time
+    chunk: int | None = None,  # places at a time; None: `head_chunk` of its vocabulary
 ) -> Iterator[None]:
     "Let `model(..., learned=labels)` return the summed loss of the learned tokens inside a `with` block."
+    chunk = chunk or head_chunk(model.config.vocab_size)
     usual, own = model.forward, model.__dict__.get("forward")
 
     @functools.wraps(type(model).forward)
@@ -169,12 +173,14 @@ class _LengthSampler(Sampler):
         lengths: Sequence[int],  # N
         batch_size: int,
         seed: int,
+        fillers: int = 0,  # sequences after those N that are to come last, see `_fill`
         pool: int = 50,  # batches that are sorted together
     ):
         self.lengths, self.batch_size, self.seed, self.pool, self.epoch = lengths, batch_size, seed, pool, 0
+        self.fillers = range(len(lengths), len(lengths) + fillers)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + len(self.fillers)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -188,13 +194,14 @@ class _LengthSampler(Sampler):
         rest = [batches.pop()] if len(batches[-1]) < b else []
         draw.shuffle(batches)
         batches.sort(key=lambda batch: -self.lengths[batch[0]] == -max(self.lengths), reverse=True)
-        yield from (i for batch in [*batches, *rest] for i in batch)
+        yield from (i for batch in [*batches, *rest, self.fillers] for i in batch)
 
 # %% ../../nbs/sft/40_training.ipynb #st000015
 class _Trainer(SFTTrainer):
     "trl's trainer, with logits only where the loss mask is."
 
-    learned, seconds = 0, 0.0  # tokens and time of the steps
+    learned, seconds = 0, 0.0  # tokens and time of the steps, of this process
+    fillers = 0  # sequences at the end of the training set without anything to learn
     _sums = (0.0, 0)  # of a validation
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -218,7 +225,9 @@ class _Trainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
-        return _LengthSampler(lengths, self.args.train_batch_size, self.args.seed)
+        own = lengths[: len(lengths) - self.fillers]
+        together = self.args.train_batch_size * self.args.world_size
+        return _LengthSampler(own, together, self.args.seed, self.fillers)
 
     def create_model_card(self, *args, **kwargs):
         "Leave the card to the job."
@@ -273,6 +282,8 @@ def _arguments(config: SFTTrainingConfig, folder: Path) -> SFTConfig:
         report_to=config.report_to,
         run_name=config.name,
         disable_tqdm=True,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
         seed=config.seed,
         **{f"{name}_{key}": value for name, values in every.items() for key, value in values.items()},
@@ -286,6 +297,15 @@ def _rows(sequences: Sequence[dict]) -> datasets.Dataset:
         pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
         rows.append({"input_ids": row["input_ids"], "labels": [token if on else -100 for token, on in pairs]})
     return datasets.Dataset.from_list(rows)
+
+
+def _fill(rows: datasets.Dataset, multiple: int) -> datasets.Dataset:
+    "Append copies of the shortest row without its labels, up to a multiple of rows."
+    if not (lacking := -len(rows) % multiple):
+        return rows
+    shortest = min(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    row = rows[shortest] | {"labels": [-100] * len(rows[shortest]["labels"])}
+    return datasets.concatenate_datasets([rows, datasets.Dataset.from_list([row] * lacking, rows.features)])
 
 
 @contextmanager
@@ -328,6 +348,11 @@ def make_trainer(
             eval_dataset=_rows(sets.validation),
             processing_class=chat.tokenizer,
         )
+    if (processes := trainer.args.world_size) > 1:
+        rows = len(trainer.train_dataset)
+        trainer.train_dataset = _fill(trainer.train_dataset, processes * config.batch_size)
+        trainer.eval_dataset = _fill(trainer.eval_dataset, processes * config.batch_size)
+        trainer.fillers = len(trainer.train_dataset) - rows
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Clock(trainer))
     return trainer
@@ -337,7 +362,9 @@ def checkpoint_fault(
     folder: Path,  # checkpoint-N
 ) -> str:  # the name of the first file that is missing or cut off; "": the checkpoint is whole
     "Look whether a checkpoint is whole."
-    for name in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
+    shared_out = any((folder / name).exists() for name in ("optimizer.bin", "optimizer_0", "latest"))
+    plain = () if shared_out else ("optimizer.pt", "scheduler.pt")
+    for name in ("trainer_state.json", "adapter_model.safetensors", *plain):
         path = folder / name
         try:
             if path.suffix == ".json":
@@ -415,9 +442,23 @@ def _check_machine(config: SFTTrainingConfig) -> None:
         )
 
 
+def _lower_needs(config: SFTTrainingConfig, tokens: int, model: nn.Module) -> list[str]:
+    "List what to lower, each with the memory that the run then needs."
+    half = max(1, config.batch_size // 2)
+    changes = [] if config.gradient_checkpointing else [["gradient_checkpointing=true"]]
+    changes += [[f"batch_size={half}", f"accumulation={config.accumulation * 2}"]] * (config.batch_size > 1)
+    changes += [[f"data.max_tokens={tokens // 2}"]]
+    found = []
+    for change in changes:
+        lower = config.override(change)
+        need = training_memory(model_shape(model), lower, min(tokens, lower.data.max_tokens))["peak"]
+        found.append(f"{' '.join(f'--set {part}' for part in change)} ({need:.1f} GiB)")
+    return found
+
+
 @contextmanager
-def _memory_faults(config: SFTTrainingConfig, tokens: int) -> Iterator[None]:
-    "Say what to lower where memory runs out."
+def _memory_faults(config: SFTTrainingConfig, tokens: int, model: nn.Module) -> Iterator[None]:
+    "Say where memory runs out what the run needs, and what to lower."
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -425,19 +466,28 @@ def _memory_faults(config: SFTTrainingConfig, tokens: int) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "not enough memory" not in text:
             raise
         asked = f" ({text.splitlines()[0][:120]})" if text else ""
-        lower = [] if config.gradient_checkpointing else ["gradient_checkpointing=true"]
-        lower += [f"batch_size={config.batch_size // 2} accumulation={config.accumulation * 2}"] * (
-            config.batch_size > 1
-        )
-        lower += [f"data.max_tokens={tokens // 2}"]
+        need = training_memory(model_shape(model), config, tokens)["peak"]
         raise MachineError(
-            f"out of memory at {config.batch_size} sequences of up to {tokens} tokens{asked}; checkpoints are kept: "
-            f"try --set {' or --set '.join(lower)}"
+            f"out of memory at {config.batch_size} sequences of up to {tokens} tokens{asked}: by the model's shapes "
+            f"it needs {need:.1f} GiB beside the program; checkpoints are kept: try "
+            f"{', or '.join(_lower_needs(config, tokens, model))}"
         ) from error
+
+# %% ../../nbs/sft/40_training.ipynb #st000039
+def _join_processes() -> PartialState:
+    "Join the processes that `accelerate launch` started; without it there is one."
+    return PartialState(cpu=choose_device("auto").type == "cpu")
+
+
+def _gathered(trainer: _Trainer) -> dict[str, Tensor] | None:  # None: every process holds them all
+    "Collect weights that are shared out among the processes."
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return None
 
 # %% ../../nbs/sft/40_training.ipynb #st000028
 def _load_base(config: SFTTrainingConfig) -> ChatModel:
-    "Load the base model with its tags."
+    "Load the base model."
     return load_chat_model(config.model, config.dtype, quantization=config.quantization)
 
 
@@ -447,27 +497,36 @@ def train_adapter_job(
     records: Path | str | None = None,  # the record goes to records/sft/<name>.json; None: not written
     progress: bool = True,
     chat: ChatModel | None = None,  # the base; None: loaded by name
-) -> tuple[TaggedChat, RunRecord]:
+) -> tuple[TaggedChat | None, RunRecord]:  # one of several processes: None, it has to be loaded
     "Train an adapter, save it with its card, its config and its record."
     _check_machine(config)
     check_writable(Path(out).parent)
-    with start_run("sft", config.name, config, config.seed, folder=records, job="sft") as record:
+    state = _join_processes()
+    main, alone, out = state.is_main_process, state.num_processes == 1, Path(out)
+    place = {"folder": records if main else None, "job": "sft"}
+    with start_run("sft", config.name, config, config.seed, **place) as record:
         chat = chat or _load_base(config)
         record.add_input("model", chat)
         tagged = add_tags(chat, config.template, config.target)
+        chat = chat if alone else None
         tagged.model.set_attn_implementation(config.attention)
         check_template(tagged.tokenizer, config.template, config.target)
         sets = load_sequences(config, tagged.tokenizer)
         for role, corpus in zip(("data", "sample"), sets.corpora, strict=False):
             record.add_input(role, corpus)
         record.details |= {"data": sets.report}
-        with checkpoint_folder(_checkpoint_home(config, Path(out), record.inputs)) as home:
-            network = _fit(tagged, sets, config, home, record, progress)
-            replies = Fingerprints.of(sets.replies)
-            save_adapter(out, network, tagged, config.template, config.target, config.system, replies)
-        tuned = load_adapter(out, chat)
-        record.details["artefact"] = identity(tuned)
-    _finish(record, Path(out))
+        home = _checkpoint_home(config, out, record.inputs)
+        with checkpoint_folder(home) if main else nullcontext():
+            network, weights = _fit(tagged, sets, config, home, record, progress and main, state)
+            if main:
+                how = (config.template, config.target, config.system, Fingerprints.of(sets.replies))
+                save_adapter(out, network, tagged, *how, weights)
+            state.wait_for_everyone()
+        tuned = load_adapter(out, chat) if alone else None
+        sha256 = sha256_text(tagged.sha256 + adapter_sha256(out))
+        record.details["artefact"] = {"name": f"{tagged.name}+{out.resolve().name}", "sha256": sha256}
+    if main:
+        _finish(record, out)
     return tuned, record
 
 
@@ -478,42 +537,48 @@ def _fit(
     home: Path,
     record: RunRecord,
     progress: bool,
-):
+    state: PartialState,
+):  # the network, and its weights if they are shared out among processes
     "Train from the beginning or from the last whole checkpoint, and note what happened."
-    whole = _set_faulty_aside(home)
+    with state.main_process_first():
+        whole = _set_faulty_aside(home)
     longest = max(len(row["input_ids"]) for row in sets.train)
-    with seeded_training(config.seed), _no_warnings(), _memory_faults(config, longest):
+    with seeded_training(config.seed), _no_warnings(), _memory_faults(config, longest, tagged.model):
         network = new_adapter(tagged, config.template, config.target, config.adapter)
         trainer = make_trainer(network, tagged, sets, config, home)
         with masked_head(network.get_base_model()):
-            start = trainer.evaluate()["eval_loss"]
+            trainer.args.eval_on_start = not whole
             trainer.add_callback(ProgressBar(config.name if progress else "", "loss"))
             resume_training(trainer)
-            done = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
-            end = (done if done["step"] == trainer.state.global_step else trainer.evaluate())["eval_loss"]
+            held = [row for row in trainer.state.log_history if "eval_loss" in row]
+            last = held[-1] if held[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+            start, end = held[0]["eval_loss"], last["eval_loss"]
+        weights = _gathered(trainer)
     _note(record, trainer, {"start": start, "loss": end, "perplexity": math.exp(end)}, whole)
-    return network.eval()
+    return network.eval(), weights
 
 
 def _note(record: RunRecord, trainer: _Trainer, scores: dict, whole: list[Path]) -> None:
     "Put what a training measured into its record."
     history, begun = trainer.state.log_history, int(whole[-1].name.rpartition("-")[2]) if whole else 0
+    learned = int(trainer.accelerator.reduce(torch.tensor(trainer.learned, device=trainer.args.device)))
     record.scores["validation"] = {name: round(value, 4) for name, value in scores.items()}
     record.details |= {
         "steps": trainer.state.global_step,
         "resumed_from": begun,
         "timed": {
             "steps": trainer.state.global_step - begun,
-            "loss_tokens": trainer.learned,
+            "loss_tokens": learned,
             "seconds": round(trainer.seconds, 2),
         },
+        "processes": trainer.args.world_size,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "losses": [[row["step"], round(row["loss"], 4)] for row in history if "loss" in row],
         "validation_losses": [
             [row["step"], round(row["eval_loss"], 4)] for row in history if "eval_loss" in row
         ],
     }
-    record.tokens_per_second = round(trainer.learned / max(1e-9, trainer.seconds), 1)
+    record.tokens_per_second = round(learned / max(1e-9, trainer.seconds), 1)
 
 # %% ../../nbs/sft/40_training.ipynb #st000036
 _LIMITS = (
