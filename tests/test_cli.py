@@ -20,6 +20,12 @@ from llama_dialogue.core.plugins import list_plugins, load_plugin
 from llama_dialogue.core.records import RunRecord
 from llama_dialogue.core.targets import ACTS, EMOTIONS
 
+CONFIGS = sorted(
+    file
+    for file in Path(__file__).parents[1].glob("configs/*/*.yaml")
+    if file.parent.name != "accelerate"  # those are for `accelerate launch`
+)
+
 BAD = {
     "model": (["demo", "--model", "smollm", "--check"], "smollm2-135m"),
     "encoder as chat model": (["demo", "--model", "minilm-bert", "--check"], "kind encoder"),
@@ -307,9 +313,7 @@ def test_a_file_of_another_job_is_refused(capsys, tmp_path):
     assert code == 2 and "job='demo': need 'prompting'" in err
 
 
-@pytest.mark.parametrize(
-    "file", sorted(Path(__file__).parents[1].glob("configs/*/*.yaml")), ids=lambda f: f.stem
-)
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_every_config_names_its_job(file, capsys):
     code, out, err = run(["run", str(file), "--check"], capsys)
     assert out.startswith("job ") and (code == 0 or "missing" in err), err
@@ -317,7 +321,7 @@ def test_every_config_names_its_job(file, capsys):
 
 def test_a_config_is_that_of_its_record():
     compared, root = [], Path(__file__).parents[1]
-    for file in sorted(root.glob("configs/*/*.yaml")):
+    for file in CONFIGS:
         job = load_plugin("job", read_yaml(file)["job"])
         config = configure(job, file)
         outputs = check_job(job, config, records=root / "data" / "results")["outputs"]

@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_dialogue.compare.methods import (
@@ -147,6 +148,7 @@ def _label(told: dict, methods: list[Method]) -> str:
     texts = [m.told(told.get(m.name, {})) for m in methods if m is methods[0] or m.name != "none"]
     texts += [f"{name.replace('_', ' ')} {short(value)}" for name, value in told.get("decoding", {}).items()]
     texts += [f"{name} {told[name]}" for name in ("system", "model", "adapter") if told.get(name)]
+    texts += [f"{name} {Path(folder).name}" for name, folder in told.get("inputs", {}).items()]
     return ", ".join(texts)
 
 # %% ../../nbs/compare/30_cells.ipynb #ce000017

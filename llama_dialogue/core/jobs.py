@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from .errors import InputError, MachineError, nearest
-from .paths import find_corpus
+from .paths import find_corpus, is_main_process
 from .plugins import Plugin, list_plugins
 from .registry import find_model
 
@@ -172,10 +172,12 @@ def run_job(
     records: Path | str = "runs",  # folder of the records
     as_json: bool = False,
 ):  # what the job's function returned
-    "Run a job and print what came out."
+    "Run a job and print what came out, once where several processes run it."
     folder, records = _folders(job, config, out, records)
     place = {"out": folder} if job.artefact else {}
     result = _resolve(job.run)(config, records=records, progress=True, **place)
+    if not is_main_process():
+        return result
     if as_json:
         print_json(_as_data(result))
         return result

@@ -169,7 +169,10 @@ def _read_prompts(model: PreTrainedModel, rows: list[list[int]]) -> list[_ReadPr
 
 # %% ../../nbs/core/75_metrics.ipynb #7c31c916
 def _continued_nll(
-    model: PreTrainedModel, prompts: list[_ReadPrompt], replies: list[list[int]]
+    model: PreTrainedModel,
+    prompts: list[_ReadPrompt],
+    replies: list[list[int]],
+    given: list[int],  # tokens at the beginning of each reply that do not count
 ) -> list[float]:  # nats
     "Sum the negative log-likelihood of replies after prompts that were read."
     distinct = list({id(prompt): prompt for prompt in prompts}.values())
@@ -193,10 +196,10 @@ def _continued_nll(
         use_cache=True,
     ).logits
     nll = []
-    for scores, reply in zip(logits, replies, strict=True):
-        scores = scores[: len(reply)]
+    for scores, reply, skip in zip(logits, replies, given, strict=True):
+        scores = scores[skip : len(reply)]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
-        said = torch.tensor(reply, device=scores.device)
+        said = torch.tensor(reply[skip:], device=scores.device)
         nll.append(-scores.gather(1, said[:, None]).double().sum().item())
     return nll
 
@@ -213,16 +216,18 @@ class PromptReader:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.kept_tokens = batch_tokens, kept_tokens
-        self._kept: dict[str, _ReadPrompt] = {}  # the oldest first
+        self._kept: dict[str | tuple[int, ...], _ReadPrompt] = {}  # the oldest first
 
     @torch.inference_mode()
     def score(
         self,
-        prompts: Sequence[str],  # [N] rendered, the tokenizer adds nothing
+        prompts: Sequence[str | tuple[int, ...]],  # [N] rendered, the tokenizer adds nothing; or token ids
         token_ids: Sequence[Sequence[int]],  # [N] the replies, each with its stop token
-    ) -> tuple[Float[np.ndarray, "N"], Int[np.ndarray, "N"]]:  # nats and number of tokens of each reply
+        given: Sequence[int] | None = None,  # [N] tokens at the beginning of each that do not count; None: 0
+    ) -> tuple[Float[np.ndarray, "N"], Int[np.ndarray, "N"]]:  # nats and number of tokens that count
         "Sum the negative log-likelihood of each reply given its prompt."
         starts, replies = self._encode(prompts, token_ids)
+        skips = [0] * len(replies) if given is None else list(given)
         nll = np.zeros(len(replies))
         for group in _batches(sorted(starts, key=lambda p: -len(starts[p])), starts, 0, self.batch_tokens):
             self._remember({prompt: starts[prompt] for prompt in group})
@@ -230,21 +235,22 @@ class PromptReader:
             rows = sorted((i for i, p in enumerate(prompts) if p in members), key=lambda i: -len(replies[i]))
             for batch in _batches(rows, replies, longest, self.batch_tokens):
                 read = [self._kept[prompts[i]] for i in batch]
-                nll[batch] = _continued_nll(self.model, read, [replies[i] for i in batch])
-        return nll, np.array([len(reply) for reply in replies])
+                own = [replies[i] for i in batch], [skips[i] for i in batch]
+                nll[batch] = _continued_nll(self.model, read, *own)
+        return nll, np.array([len(reply) - skip for reply, skip in zip(replies, skips, strict=True)])
 
     def _encode(
-        self, prompts: Sequence[str], token_ids: Sequence[Sequence[int]]
-    ) -> tuple[dict[str, list[int]], list[list[int]]]:  # ids of each distinct prompt, and of each reply
+        self, prompts: Sequence[str | tuple[int, ...]], token_ids: Sequence[Sequence[int]]
+    ) -> tuple[dict, list[list[int]]]:  # ids of each distinct prompt, and of each reply
         "Tokenize each distinct prompt; refuse what has no token."
         if not len(prompts) or len(prompts) != len(token_ids):
             raise InputError(
                 f"{len(prompts)} prompts, {len(token_ids)} replies: need as many, at least one, e.g. 8"
             )
-        distinct = list(dict.fromkeys(prompts))
-        starts = dict(
-            zip(distinct, self.tokenizer(distinct, add_special_tokens=False)["input_ids"], strict=True)
-        )
+        starts = dict.fromkeys(prompts)
+        texts = [prompt for prompt in starts if isinstance(prompt, str)]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        starts |= {p: list(p) for p in starts if p not in texts} | dict(zip(texts, ids, strict=True))
         replies = [[int(token) for token in ids] for ids in token_ids]
         if empty := [i for i, prompt in enumerate(prompts) if not (starts[prompt] and replies[i])]:
             raise InputError(
@@ -252,7 +258,7 @@ class PromptReader:
             )
         return starts, replies
 
-    def _remember(self, group: dict[str, list[int]]) -> None:
+    def _remember(self, group: dict[str | tuple[int, ...], list[int]]) -> None:
         "Read those prompts of a group that are new, and forget the oldest others if there are too many."
         if new := [prompt for prompt in group if prompt not in self._kept]:
             read = _read_prompts(self.model, [group[prompt] for prompt in new])

@@ -141,6 +141,11 @@ def lock(
         path.parent.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(path.parent / f".{path.name}.lock")
 
+# %% ../../nbs/core/20_paths.ipynb #5b1d7a21
+def is_main_process() -> bool:  # True without a launcher
+    "Tell whether this process is the first of those that a launcher started."
+    return os.environ.get("RANK", "0") == "0"
+
 # %% ../../nbs/core/20_paths.ipynb #29fbf2ec
 def sha256_file(
     path: Path | str,
