@@ -24,8 +24,8 @@ from llama_dialogue.core.records import RunRecord
 from llama_dialogue.core.targets import EMOTIONS
 from llama_dialogue.core.training import seeded_training
 from llama_dialogue.sft import adapters, data, sweep, training, training_bench
+from llama_dialogue.sft.commands import SFT
 from llama_dialogue.sft.configs import (
-    SFT,
     AdapterConfig,
     SFTBenchConfig,
     SFTDataConfig,
