@@ -253,17 +253,26 @@ def test_a_dialogue_without_labels_is_named():
         data.training_sequences([dialogue], words, "native")
 
 
-def test_rare_classes_get_their_share_by_repeating_few_sequences():
-    rows = (
-        [{"class_tokens": [100, 0, 0]}] * 50
-        + [{"class_tokens": [90, 10, 0]}] * 5
-        + [{"class_tokens": [50, 0, 4]}]
-    )
-    rows = [dict(row) for row in rows]
-    more = data.oversample(rows, 0.05, 30)
+def test_rare_classes_get_their_share_by_adding_their_replies():
+    rows = [{"class_tokens": [100, 0, 0]}] * 50 + [{"class_tokens": [90, 10, 4]}]
+    alone = [{"class_tokens": own} for own in ([100, 0, 0], [0, 10, 0], [0, 12, 0], [0, 0, 4])]
+    more = data.oversample(rows, alone, 0.05, 20)
     shares = data.class_shares(more, "abc")
-    assert shares["b"] >= 0.05 and shares["c"] < 0.05  # one sequence, at its limit
-    assert [sum(row is rows[i] for row in more) for i in (0, 55)] == [1, 30]
+    assert shares["b"] >= 0.05 and shares["c"] < 0.05  # one reply, at its limit
+    assert more[: len(rows)] == rows
+    times = [sum(row is own for row in more) for own in alone]
+    assert times[0] == 0 and abs(times[1] - times[2]) <= 1 and times[3] == 20
+
+
+def test_replies_alone_are_those_of_the_dialogues():
+    words = add_tag_tokens(tiny_chat_model().tokenizer, "out_inst_uni")
+    dialogues = load_corpus("sample", "validation").dialogues[:20]
+    for template in ("out_inst_uni", "native"):
+        whole = data.training_sequences(dialogues, words, template)
+        alone = data.training_sequences(dialogues, words, template, alone=True)
+        assert len(alone) == sum(len(d.turns) // 2 for d in dialogues)
+        assert data.class_shares(alone, EMOTIONS) == data.class_shares(whole, EMOTIONS)
+        assert max(len(row["input_ids"]) for row in alone) < max(len(row["input_ids"]) for row in whole)
 
 
 # --- adapters

@@ -44,6 +44,15 @@ def _single_replies(
         if start is not None:
             yield turns[start:end]
 
+
+def _alone(
+    turns: Sequence[Turn],
+    fits,
+) -> Iterator[Sequence[Turn]]:
+    "Give each reply with the turn before it."
+    pairs = (turns[end - 2 : end] for end in range(2, len(turns) + 1, 2))
+    return (pair for pair in pairs if fits(pair))
+
 # %% ../../nbs/sft/20_data.ipynb #sd000010
 def training_sequences(
     dialogues: Iterable[Dialogue],
@@ -53,10 +62,11 @@ def training_sequences(
     max_tokens: int = 512,  # of a sequence
     both_speakers: bool = False,  # the first speaker's turns as replies, too
     system: str = "none",  # name of the system prompt
+    alone: bool = False,  # each reply with the turn before it, instead of whole dialogues
 ) -> list[dict]:  # dialogue_id, input_ids [T], loss_mask [T], class_tokens [C]: loss tokens of each class
     "Turn dialogues into tokens and loss masks."
     template, target = get_template(template), get_target(target)
-    cut = _single_replies if template.instruct else _exchanges
+    cut = _alone if alone else _single_replies if template.instruct else _exchanges
 
     @lru_cache(2)
     def render(turns: tuple[Turn, ...]):
@@ -105,22 +115,23 @@ def class_shares(
 # %% ../../nbs/sft/20_data.ipynb #5830823e
 def oversample(
     sequences: Sequence[dict],  # of `training_sequences`
+    alone: Sequence[dict],  # the same replies, each alone
     least: float = 0.05,  # share of the loss tokens of each class
-    max_repeats: int = 20,  # times that a sequence may stand in the result
-) -> list[dict]:  # the same sequences, some of them several times in a row
-    "Repeat sequences until every class has its least share of the loss tokens."
-    tokens = np.array([row["class_tokens"] for row in sequences])
-    own = tokens / tokens.sum(1, keepdims=True).clip(1)
-    times, total = np.ones(len(sequences), int), tokens.sum(0)
+    max_repeats: int = 20,  # times that a reply is added
+) -> list[dict]:  # the sequences, and after them what is added
+    "Add replies of rare classes until every class has its least share of the loss tokens."
+    total = np.array([row["class_tokens"] for row in sequences]).sum(0)
+    tokens = np.array([row["class_tokens"] for row in alone]).reshape(len(alone), len(total))
+    times = np.zeros(len(alone), int)
     while True:
-        open_to = [np.flatnonzero((tokens[:, c] > 0) & (times < max_repeats)) for c in range(tokens.shape[1])]
+        open_to = [np.flatnonzero((tokens[:, c] > 0) & (times < max_repeats)) for c in range(len(total))]
         lacking = [c for c, n in enumerate(total) if n < least * total.sum() and len(open_to[c])]
         if not lacking:
-            return [row for row, n in zip(sequences, times, strict=True) for _ in range(n)]
+            return [*sequences, *(row for row, n in zip(alone, times, strict=True) for _ in range(n))]
         c = min(lacking, key=lambda c: total[c])
-        chosen = min(open_to[c], key=lambda i: (times[i] / own[i, c], i))
+        chosen = min(open_to[c], key=lambda i: (times[i], i))
         times[chosen] += 1
-        total += tokens[chosen]
+        total = total + tokens[chosen]
 
 # %% ../../nbs/sft/20_data.ipynb #sd000017
 @dataclass(frozen=True)
@@ -159,7 +170,8 @@ def load_sequences(
     plain, validation = training_sequences(learned, *how), training_sequences(held, *how)
     if not plain or not validation:
         raise InputError(f"max_tokens={of.max_tokens}: no exchange fits: need more, e.g. max_tokens=512")
-    train = oversample(plain, of.oversample, of.max_repeats)
+    alone = training_sequences(learned, *how, alone=True) if of.oversample else []
+    train = oversample(plain, alone, of.oversample, of.max_repeats)
     replies = [turn.text for d in learned for turn in d.turns[1 :: 1 if of.both_speakers else 2]]
     report = {
         "dialogues": {"train": len(learned), "validation": len(held)},
@@ -167,7 +179,9 @@ def load_sequences(
         "tokens": {"train": _tokens(plain), "oversampled": _tokens(train), "validation": _tokens(validation)},
         "class_shares": class_shares(plain, target.classes),
         "class_shares_oversampled": class_shares(train, target.classes),
-        "most_repeats": max(sum(1 for _ in same) for _, same in groupby(train, key=id)),
+        "most_repeats": max(
+            (sum(1 for _ in same) for _, same in groupby(train[len(plain) :], key=id)), default=0
+        ),
     }
     return SequenceSets(corpora, train, validation, replies, report)
 
