@@ -6,7 +6,9 @@
 __all__ = ['ProgressBar', 'WeightAverage', 'resume_training']
 
 # %% ../../nbs/core/66_training.ipynb #tr000004
+import ctypes
 import logging
+import platform
 import random
 import shutil
 import tempfile
@@ -117,6 +119,26 @@ def seeded_training(
         random.setstate(states[0])
         np.random.set_state(states[1])
 
+# %% ../../nbs/core/66_training.ipynb #tr000026
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # names of glibc's settings, see mallopt(3)
+
+
+@contextmanager
+def kept_memory() -> Iterator[bool]:  # whether this system can
+    "Let the process keep freed memory inside a `with` block."
+    if platform.libc_ver()[0] != "glibc":
+        yield False
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)
+    try:
+        yield True
+    finally:
+        libc.mallopt(_MMAP_MAX, 65536)
+        libc.mallopt(_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
+
 # %% ../../nbs/core/66_training.ipynb #tr000014
 @contextmanager
 def checkpoint_folder(
@@ -137,4 +159,5 @@ def resume_training(
     "Train without the Trainer's own printing, from the last checkpoint if there is one."
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    with kept_memory():
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))

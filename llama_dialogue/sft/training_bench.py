@@ -18,7 +18,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.models import ChatModel, choose_device, load_chat_model
 from ..core.records import RunRecord, start_run
-from ..core.training import seeded_training
+from ..core.training import kept_memory, seeded_training
 from .adapters import _no_warnings, add_tags, new_adapter
 from .configs import SFTBenchConfig, SFTTrainingConfig
 from .data import SequenceSets, load_sequences
@@ -88,8 +88,10 @@ def _seconds(trainer: SFTTrainer, sequences: Sequence[dict], seed: int) -> float
     "Train on sequences for one epoch; give the seconds of its steps."
     trainer.train_dataset, trainer.seconds = _rows(sequences), 0.0
     trainer.args.save_strategy = trainer.args.eval_strategy = "no"
-    ours = masked_head(trainer.model.get_base_model()) if isinstance(trainer, _Trainer) else nullcontext()
-    with seeded_training(seed), _no_warnings(), ours:
+    ours = isinstance(trainer, _Trainer)
+    head = masked_head(trainer.model.get_base_model()) if ours else nullcontext()
+    memory = kept_memory() if ours else nullcontext()
+    with seeded_training(seed), _no_warnings(), head, memory:
         trainer.train()
     return trainer.seconds
 
