@@ -16,6 +16,7 @@ from llama_dialogue.core.jobs import (
     Group,
     Job,
     config_option,
+    configure,
     format_table,
     job_options,
     print_json,
@@ -168,6 +169,53 @@ ANNOTATION = Job(
     show=_show_agreement,
     outputs=lambda config, out, records: [records / "perturb" / f"labels-{config.name}.json"],
 )
+
+# %% ../../nbs/compare/90_commands.ipynb #c9000041
+def _show_pairs(result) -> str:
+    "Write the verdicts on each question."
+    record, config = result[0], result[0].config
+    return "\n".join(
+        f"{question}: {config['first']} before {config['second']} in {row['first_better']}, ties {row['ties']}, p {row['p']:.3g}"
+        for question, row in record.scores.items()
+    )
+
+
+PAIRS = Job(
+    "pairs",
+    study="compare",
+    config=f"{_MODULE}.pairs:PairsConfig",
+    run=f"{_MODULE}.pairs:score_pairs_job",
+    inputs=lambda config: [
+        ("rows", config.rows, "file"),
+        ("sheet", config.sheet, "file"),
+        ("data", config.data),
+    ],
+    work=lambda config: f"verdicts on {config.n} pairs of replies",
+    show=_show_pairs,
+    outputs=lambda config, out, records: [records / config.study / f"{config.name}.json"],
+)
+
+
+@click.group("pairs", cls=Group, short_help="Read two models' replies side by side.")
+def pairs():
+    """Draw pairs of replies of two models for a reader, and score the verdicts."""
+
+
+@pairs.command("draw", short_help="Write the pairs, for a reader to fill in.")
+@click.argument("config_file", metavar="FILE")
+def _draw(config_file):
+    """Write the sheet of the pairs that FILE (YAML) describes."""
+    from llama_dialogue.compare.pairs import draw_pairs
+
+    config = configure(PAIRS, config_file)
+    click.echo(f"{draw_pairs(config)}: fill in {', '.join(config.questions)} with a, b or =")
+
+
+@pairs.command("score", short_help="Score the verdicts.")
+@job_options(PAIRS, by_file=True)
+def _score_verdicts(**options):
+    """Score the filled-in sheet of the pairs that FILE (YAML) describes."""
+    run_command(PAIRS, options)
 
 # %% ../../nbs/compare/90_commands.ipynb #c9000018
 def _run_demo(config, out, records, progress, figures=None):
