@@ -345,7 +345,7 @@ def make_trainer(
             model=network,
             args=_arguments(config, folder),
             train_dataset=_rows(sets.train),
-            eval_dataset=_rows(sets.validation),
+            eval_dataset=_rows(sorted(sets.validation, key=lambda row: -len(row["input_ids"]))),
             processing_class=chat.tokenizer,
         )
     if (processes := trainer.args.world_size) > 1:
