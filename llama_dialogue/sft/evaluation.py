@@ -163,7 +163,7 @@ class _Part:
 
 
 def _parts(config: SFTEvaluationConfig, sets: EvaluationSets) -> list[_Part]:
-    "Cut the tests into parts."
+    "Cut the tests into parts, each with contexts of similar length."
     label, classes = sets.target.label, sets.target.classes
     own = [(example, label(example.reply)) for example in sets.reference]
     rows = {
@@ -171,6 +171,7 @@ def _parts(config: SFTEvaluationConfig, sets: EvaluationSets) -> list[_Part]:
         "every": [(example, name) for example in sets.every for name in classes],
         "likelihood": sorted(own, key=lambda pair: pair[0].id)[: config.likelihood_n or None],
     }
+    rows = {test: sorted(part, key=_context_length) for test, part in rows.items()}
     seeds = {"reference": config.reference.seeds, "every": config.every.seeds, "likelihood": (0,)}
     size = config.shard_size
     return [
@@ -179,6 +180,11 @@ def _parts(config: SFTEvaluationConfig, sets: EvaluationSets) -> list[_Part]:
         for seed in seeds[test]
         for i in range(0, len(rows[test]), size)
     ]
+
+
+def _context_length(row: tuple[Example, str]) -> int:
+    "Count the characters of a context."
+    return sum(len(turn.text) for turn in row[0].context)
 
 
 @dataclass(frozen=True)

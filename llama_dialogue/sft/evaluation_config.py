@@ -99,7 +99,7 @@ class SFTEvaluationConfig(Config):
     system: str = "none"  # name of a system prompt
     dtype: str = "auto"
     decoding: GenerationConfig = GenerationConfig()
-    shard_size: int = 32  # replies that are computed and stored together
+    shard_size: int = 64  # replies that are computed and stored together
 
     def __post_init__(self):
         get_target(self.target)
