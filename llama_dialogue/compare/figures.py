@@ -24,6 +24,7 @@ from ..core.statistics import Interval
 
 # %% ../../nbs/compare/64_figures.ipynb #fg000009
 _PLAIN = "none"  # the method that does nothing
+_FIRST = ("best_of_n", "guided", "offsets", "pplm", "prompt", "vector")  # keep their colours when others join
 _PALETTE = (
     5,
     1,
@@ -38,9 +39,9 @@ _PALETTE = (
 
 
 def _colors(methods: Iterable[str]) -> dict[str, tuple]:  # name -> red, green, blue in 0..1
-    "Give every method its colour: installed ones by their order, then the others."
+    "Give every method its colour: the first ones, other installed ones, then the rest."
     palette = [sns.color_palette(kind)[place] for kind in ("colorblind", "dark") for place in _PALETTE]
-    names = [n for n in dict.fromkeys([*list_plugins("method"), *sorted(methods)]) if n != _PLAIN]
+    names = [n for n in dict.fromkeys([*_FIRST, *list_plugins("method"), *sorted(methods)]) if n != _PLAIN]
     return {_PLAIN: (0.15,) * 3} | {name: palette[i % len(palette)] for i, name in enumerate(names)}
 
 # %% ../../nbs/compare/64_figures.ipynb #fg000011
