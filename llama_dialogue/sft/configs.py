@@ -40,7 +40,7 @@ class SFTDataConfig(Config):
     shares: tuple[str, ...] = ("head", "steer")  # of the dialogues
     add_sample: bool = False  # the training split of the sample corpus, too
     oversample: float = 0.05  # least share of the loss tokens of each class; 0: as it is
-    max_repeats: int = 20  # times that one sequence may stand in the training
+    max_repeats: int = 20  # times that a reply of a rare class may be added
     both_speakers: bool = False  # learn the first speaker's turns, too
     max_tokens: int = 512  # of a sequence; a longer dialogue is cut at a turn
     portion: float = 1.0  # of the dialogues, e.g. 0.2 for a sweep
