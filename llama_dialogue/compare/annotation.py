@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from .reading import need_new, need_reader, read_sheet, save_sheet, show_context
 from .scores import grid_contexts, is_human
 from ..core.classification import label_agreement
 from ..core.config import Config, frozen
 from ..core.dialogues import Turn
 from ..core.errors import InputError
 from ..core.grid import load_manifest
-from ..core.paths import atomic_file, sha256_text
+from ..core.paths import sha256_text
 from ..core.records import RunRecord, load_rows, save_rows, start_run
 from ..core.statistics import Interval, rate_interval
 from ..core.targets import Target, get_target
@@ -43,10 +44,7 @@ def sample_for_annotation(
     mixed = said.sample(frac=1, random_state=seed)
     turns = mixed.groupby("cell").cumcount().sort_values(kind="stable").index[:n]  # one of each cell, again
     drawn = mixed.loc[turns].sample(frac=1, random_state=seed)
-    shown = [
-        "\n".join(f"{'AB'[i % 2]}: {turn.text}" for i, turn in enumerate(contexts[d]))
-        for d in drawn.dialogue_id
-    ]
+    shown = [show_context(contexts[d]) for d in drawn.dialogue_id]
     return pd.DataFrame(
         {"row": drawn.apply(_row_id, axis=1), "context": shown, "reply": drawn.reply, "label": ""}
     ).reset_index(drop=True)
@@ -57,13 +55,8 @@ def save_annotation(
     path: Path | str,  # a new CSV file
 ) -> Path:
     "Write an annotation file."
-    if Path(path).exists():
-        raise InputError(
-            f"{path}: is there already, perhaps with labels: need a new file, e.g. annotation-2.csv"
-        )
-    with atomic_file(path) as temporary:
-        annotation.to_csv(temporary, index=False)
-    return Path(path)
+    need_new(path, "labels", "annotation-2.csv")
+    return save_sheet(annotation, path)
 
 
 def read_annotation(
@@ -71,17 +64,7 @@ def read_annotation(
     target: Target,
 ) -> pd.DataFrame:  # row, label
     "Read labels back; every one must be a class of the target."
-    try:
-        annotation = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): need the CSV file of `grid annotate`") from error
-    if missing := {"row", "label"} - set(annotation):
-        raise InputError(f"{path}: no column {sorted(missing)[0]!r}: need the CSV file of `grid annotate`")
-    if wrong := [(i + 2, label) for i, label in enumerate(annotation.label) if label not in target.classes]:
-        raise InputError(
-            f"{path}:{wrong[0][0]}: label {wrong[0][1]!r}: need one of {', '.join(target.classes)}"
-        )
-    return annotation[["row", "label"]]
+    return read_sheet(path, "row", {"label": target.classes}, "grid annotate")
 
 # %% ../../nbs/compare/70_annotation.ipynb #1aa06846
 def join_annotation(
@@ -123,12 +106,7 @@ class AnnotationConfig(Config):
     target: str = "act"
 
     def __post_init__(self):
-        for name in ("annotator", "date", "guideline"):
-            if not getattr(self, name).strip():
-                raise InputError(f"{name}='': need to know it, e.g. {name}={_EXAMPLES[name]!r}")
-
-
-_EXAMPLES = {"annotator": "two students", "date": "2026-11", "guideline": "data/sample/GUIDELINE.md"}
+        need_reader(vars(self), "data/sample/GUIDELINE.md")
 
 # %% ../../nbs/compare/70_annotation.ipynb #c1fc47b0
 def annotate_grid(

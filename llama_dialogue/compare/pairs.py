@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .reading import need_new, need_reader, read_sheet, save_sheet, show_context
 from ..core.config import Config, frozen
 from ..core.dialogues import Turn, load_corpus, make_examples
 from ..core.errors import InputError
-from ..core.paths import atomic_file, sha256_text
+from ..core.paths import sha256_text
 from ..core.records import RunRecord, load_rows, save_rows, start_run
 from ..core.statistics import Interval, bootstrap_interval, rate_interval
 
@@ -66,7 +67,7 @@ def sample_pairs(
     rows: pd.DataFrame,  # model, dialogue_id, place, target_class, seed, reply
     first: str,  # a model
     second: str,  # another
-    contexts: Mapping[tuple[str, int], tuple[Turn, ...]],  # by dialogue id and place of the reply
+    contexts: Mapping[str, tuple[Turn, ...]],  # by the id of the example
     n: int = 50,  # pairs
     seed: int = 0,  # of the draw and of the order
     questions: Sequence[str] = ("better",),  # a column each, to be filled in
@@ -79,42 +80,20 @@ def sample_pairs(
     drawn = _in_turn(found.sample(frac=1, random_state=seed), n).sample(frac=1, random_state=seed)
     sheet = []
     for row in drawn.itertuples():
-        texts = (row.first, row.second)
-        texts = texts if _writer_of_a(row.pair, seed, first, second) == first else texts[::-1]
-        turns = contexts[row.dialogue_id, row.place]
-        shown = "\n".join(f"{'AB'[i % 2]}: {turn.text}" for i, turn in enumerate(turns))
-        sheet.append(
-            dict(
-                zip(
-                    ("pair", "wanted", "context", "a", "b"),
-                    (row.pair, row.target_class, shown, *texts),
-                    strict=True,
-                )
-            )
-        )
+        a, b = row.first, row.second
+        if _writer_of_a(row.pair, seed, first, second) == second:
+            a, b = b, a
+        context = show_context(contexts[f"{row.dialogue_id}-{row.place}"])
+        sheet.append({"pair": row.pair, "wanted": row.target_class, "context": context, "a": a, "b": b})
     return pd.DataFrame(sheet).assign(**dict.fromkeys(questions, ""))
 
 # %% ../../nbs/compare/75_pairs.ipynb #pr000011
-_VERDICTS = ("a", "b", "=")
-
-
 def read_verdicts(
     path: Path | str,  # a CSV file of `sample_pairs`, filled in
     questions: Sequence[str],
 ) -> pd.DataFrame:  # pair and the questions
     "Read verdicts back; every one must be a, b or =."
-    try:
-        sheet = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): need the CSV file of `pairs draw`") from error
-    for name in ("pair", *questions):
-        if name not in sheet:
-            raise InputError(f"{path}: no column {name!r}: need the CSV file of `pairs draw`")
-    for name in questions:
-        for line, verdict in enumerate(sheet[name], 2):
-            if verdict not in _VERDICTS:
-                raise InputError(f"{path}:{line}: {name}={verdict!r}: need a, b or =")
-    return sheet[["pair", *questions]]
+    return read_sheet(path, "pair", dict.fromkeys(questions, ("a", "b", "=")), "pairs draw")
 
 # %% ../../nbs/compare/75_pairs.ipynb #pr000012
 def score_pairs(
@@ -196,20 +175,11 @@ def draw_pairs(
     config: PairsConfig,
 ) -> Path:
     "Write the sheet of a config."
-    path = Path(config.sheet)
-    if path.exists():
-        raise InputError(
-            f"{path}: is there already, perhaps with verdicts: need a new file, e.g. sheet=pairs-2.csv"
-        )
-    contexts = {
-        (e.dialogue_id, len(e.context) + e.dropped): e.context
-        for e in make_examples(load_corpus(config.data))
-    }
+    need_new(config.sheet, "verdicts", "sheet=pairs-2.csv")
+    contexts = {e.id: e.context for e in make_examples(load_corpus(config.data))}
     how = (config.n, config.seed, config.questions)
     sheet = sample_pairs(_read_rows(config), config.first, config.second, contexts, *how)
-    with atomic_file(path) as temporary:
-        sheet.to_csv(temporary, index=False)
-    return path
+    return save_sheet(sheet, config.sheet)
 
 
 def score_pairs_job(
@@ -218,9 +188,7 @@ def score_pairs_job(
     progress: bool = True,  # there are no bars, nothing takes long
 ) -> tuple[RunRecord, pd.DataFrame]:
     "Score the verdicts of a sheet, and leave a record."
-    for name in ("annotator", "date", "guideline"):
-        if not getattr(config, name).strip():
-            raise InputError(f"{name}='': need to know it, e.g. {name}={_EXAMPLES[name]!r}")
+    need_reader(vars(config), "which reply answers the turn better")
     verdicts, rows = read_verdicts(config.sheet, config.questions), _read_rows(config)
     inputs = {"data": load_corpus(config.data)}
     with start_run(config.study, config.name, config, config.seed, inputs, records, job="pairs") as record:
@@ -230,10 +198,3 @@ def score_pairs_job(
             record.rows = f"{record.name}.parquet"
             save_rows(judged, Path(records) / config.study / record.rows)
     return record, judged
-
-
-_EXAMPLES = {
-    "annotator": "two students",
-    "date": "2026-11",
-    "guideline": "which reply answers the turn better",
-}

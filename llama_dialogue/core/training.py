@@ -8,6 +8,7 @@ __all__ = ['ProgressBar', 'WeightAverage', 'resume_training']
 # %% ../../nbs/core/66_training.ipynb #tr000004
 import ctypes
 import logging
+import os
 import platform
 import random
 import shutil
@@ -123,10 +124,13 @@ def seeded_training(
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # names of glibc's settings, see mallopt(3)
 
 
+_MALLOC_SET = {"GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+
+
 @contextmanager
-def kept_memory() -> Iterator[bool]:  # whether this system can
+def kept_memory() -> Iterator[bool]:  # whether it does
     "Let the process keep freed memory inside a `with` block."
-    if platform.libc_ver()[0] != "glibc":
+    if platform.libc_ver()[0] != "glibc" or _MALLOC_SET & set(os.environ):  # a user's own settings stay
         yield False
         return
     libc = ctypes.CDLL(None)

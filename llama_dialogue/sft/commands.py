@@ -21,14 +21,18 @@ def _inputs(config, at: str = "") -> list[tuple]:
     return found + [(f"{at}data.add_sample", "sample", "data")] * config.data.add_sample
 
 
+def _portion(of) -> str:
+    "Say what part of the data is taken, if not all."
+    return "" if of.portion == 1 else f"{of.portion:.0%} of "
+
+
 def _training_work(config) -> str:
     "Say what is trained on."
     of = config.data
     much = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
-    part = "" if of.portion == 1 else f"{of.portion:.0%} of "
     return (
         f"{much} of {config.batch_size * config.accumulation} sequences: LoRA of rank {config.adapter.rank} on "
-        f"{config.model}, {part}the {' and '.join(of.shares)} training dialogues of {of.data}"
+        f"{config.model}, {_portion(of)}the {' and '.join(of.shares)} training dialogues of {of.data}"
         + (" and the sample corpus" if of.add_sample else "")
     )
 
@@ -60,9 +64,8 @@ SFT = Job(
 def _sweep_work(config) -> str:
     "Say what is trained."
     of = config.training
-    part = "" if of.data.portion == 1 else f"{of.data.portion:.0%} of "
     total = sum(cell["epochs"] for cell in config.cells())
-    return f"{len(config.cells())} trainings of {of.model}, {total:g} epochs of {part}{of.data.data} together"
+    return f"{len(config.cells())} trainings of {of.model}, {total:g} epochs of {_portion(of.data)}{of.data.data} together"
 
 
 def _show_sweep(record) -> list[dict]:
