@@ -468,6 +468,37 @@ def test_the_listing_needs_no_model_library():
 # --- several processes
 
 
+def test_early_stopping_keeps_the_best_adapter_and_counts_every_validation_corpus(tmp_path):
+    changes = ["template=plain", "data.both_speakers=true", "data.also_validate=[sample]"]
+    changes += ["early_stopping=1", "eval_steps=3", "epochs=50", "learning_rate=0.1", "schedule=constant"]
+    config = CONFIG.override(changes)
+    tuned, record = training.train_adapter_job(config, tmp_path / "tuned", progress=False)
+    seen = dict(map(tuple, record.details["validation_losses"]))
+    assert record.details["data"]["dialogues"]["validation"] == 8 and set(record.inputs) == {
+        "model",
+        "data",
+        "validation sample",
+    }
+    best = record.details["best_step"]
+    assert 0 < best < record.details["steps"] < 50 * 3 and seen[best] == min(seen[k] for k in seen if k)
+    assert record.scores["validation"]["loss"] == seen[best]
+    held = data.load_sequences(config, tuned.chat.tokenizer).validation
+    total, count = 0.0, 0
+    for row in held:
+        ids = torch.tensor([row["input_ids"]])
+        labels = ids.where(torch.tensor([row["loss_mask"]]), -100)
+        n = int((labels[:, 1:] != -100).sum())
+        loss = training.plain_loss(tuned.chat.model, ids, torch.ones_like(ids), labels)
+        total, count = total + float(loss) * n, count + n
+    assert total / count == pytest.approx(seen[best], abs=2e-4)
+    assert "replies as the speakers of sample do" in (tmp_path / "tuned" / "README.md").read_text()
+
+
+def test_early_stopping_without_validations_is_refused():
+    with pytest.raises(InputError, match="early_stopping=2 with eval_steps=0"):
+        CONFIG.override(["early_stopping=2"])
+
+
 def launched(command: list, folder: Path, processes: int = 2):
     "Start a command as `accelerate launch` does on the CPU; give what it printed."
     config = Path(__file__).parents[1] / "configs" / "accelerate" / "two-cpu-processes.yaml"

@@ -44,7 +44,8 @@ class SFTDataConfig(Config):
     both_speakers: bool = False  # learn the first speaker's turns, too
     max_tokens: int = 512  # of a sequence; a longer dialogue is cut at a turn
     portion: float = 1.0  # of the dialogues, e.g. 0.2 for a sweep
-    max_validation: int = 200  # dialogues for the validation loss; 0: all
+    max_validation: int = 200  # dialogues of a corpus for the validation loss; 0: all
+    also_validate: tuple[str, ...] = ()  # corpora whose validation split counts in that loss, too
 
     def __post_init__(self):
         for share in self.shares:
@@ -120,6 +121,7 @@ class SFTTrainingConfig(Config):
     weight_decay: float = 0.0
     gradient_checkpointing: bool = False  # compute activations twice, to save memory
     eval_steps: int = 0  # steps between validations; 0: once an epoch
+    early_stopping: int = 0  # validations without a lower loss before the end; the best one is kept; 0: never
     save_steps: int = 50  # steps between checkpoints; 0: once an epoch
     report_to: str = "none"  # or "trackio", "tensorboard", "wandb"
     seed: int = 0
@@ -136,6 +138,11 @@ class SFTTrainingConfig(Config):
             check_choice("quantization", self.quantization, ("nf4",))
         _in_range(self, 1, float("inf"), "batch_size", "accumulation")
         _in_range(self, 0, float("inf"), "steps", "eval_steps", "save_steps", "neftune", "weight_decay")
+        _in_range(self, 0, float("inf"), "early_stopping")
+        if self.early_stopping and not self.eval_steps:
+            raise InputError(
+                f"early_stopping={self.early_stopping} with eval_steps=0: need validations, e.g. eval_steps=50"
+            )
         _in_range(self, 0, 1, "warmup")
         for name in ("epochs", "learning_rate"):
             if not getattr(self, name) > 0:

@@ -63,7 +63,9 @@ def training_sequences(
     both_speakers: bool = False,  # the first speaker's turns as replies, too
     system: str = "none",  # name of the system prompt
     alone: bool = False,  # each reply with the turn before it, instead of whole dialogues
-) -> list[dict]:  # dialogue_id, input_ids [T], loss_mask [T], class_tokens [C]: loss tokens of each class
+) -> list[
+    dict
+]:  # dialogue_id, input_ids [T], loss_mask [T], class_tokens [C]: loss tokens of each class, or of all
     "Turn dialogues into tokens and loss masks."
     template, target = get_template(template), get_target(target)
     cut = _alone if alone else _single_replies if template.instruct else _exchanges
@@ -74,14 +76,16 @@ def training_sequences(
 
     sequences = []
     for dialogue in dialogues:
-        _check_labels(dialogue, target)
+        if template.labelled:
+            _check_labels(dialogue, target)
         for first in range(1 + both_speakers):
             turns = dialogue.turns[first:]
             turns = turns[: len(turns) // 2 * 2]
             for piece in cut(turns, lambda part: len(render(part).input_ids) <= max_tokens):
                 found = render(piece)
                 row = {"dialogue_id": dialogue.id, "input_ids": found.input_ids, "loss_mask": found.loss_mask}
-                sequences.append(row | {"class_tokens": _class_tokens(found.loss_mask, piece, target)})
+                count = _class_tokens(found.loss_mask, piece, target) if template.labelled else None
+                sequences.append(row | {"class_tokens": count or [sum(found.loss_mask)]})
     return sequences
 
 
@@ -138,7 +142,7 @@ def oversample(
 class SequenceSets:
     "What an adapter learns from, and where its loss is measured."
 
-    corpora: tuple[Corpus, ...]
+    corpora: dict[str, Corpus]  # "data", "sample" if it is added, "validation NAME"
     train: list[dict]  # of `training_sequences`, and what was added
     validation: list[dict]
     replies: list[str]  # texts that are learned
@@ -162,28 +166,31 @@ def load_sequences(
 ) -> SequenceSets:
     "Read the dialogues of a run and turn them into sequences."
     of, target = config.data, get_target(config.target)
-    corpora = (load_corpus(of.data), *[load_corpus("sample")] * of.add_sample)
-    parts = [_chosen(corpus, SPLITS[0], of.shares) for corpus in corpora]
+    corpora = {"data": load_corpus(of.data)} | ({"sample": load_corpus("sample")} if of.add_sample else {})
+    parts = [_chosen(corpus, SPLITS[0], of.shares) for corpus in corpora.values()]
     learned = [d for part in parts for d in part[: max(1, round(of.portion * len(part)))]]
-    held = _chosen(corpora[0], SPLITS[1], of.shares)[: of.max_validation or None]
+    others = {f"validation {name}": load_corpus(name) for name in of.also_validate}
+    kept = [_chosen(c, SPLITS[1], of.shares) for c in (corpora["data"], *others.values())]
+    held = [d for part in kept for d in part[: of.max_validation or None]]
     how = (tokenizer, config.template, target, of.max_tokens, of.both_speakers, config.system)
     plain, validation = training_sequences(learned, *how), training_sequences(held, *how)
     if not plain or not validation:
         raise InputError(f"max_tokens={of.max_tokens}: no exchange fits: need more, e.g. max_tokens=512")
     alone = training_sequences(learned, *how, alone=True) if of.oversample else []
     train = oversample(plain, alone, of.oversample, of.max_repeats)
+    classes = target.classes if get_template(config.template).labelled else ("all",)
     replies = [turn.text for d in learned for turn in d.turns[1 :: 1 if of.both_speakers else 2]]
     report = {
         "dialogues": {"train": len(learned), "validation": len(held)},
         "sequences": {"train": len(plain), "oversampled": len(train), "validation": len(validation)},
         "tokens": {"train": _tokens(plain), "oversampled": _tokens(train), "validation": _tokens(validation)},
-        "class_shares": class_shares(plain, target.classes),
-        "class_shares_oversampled": class_shares(train, target.classes),
+        "class_shares": class_shares(plain, classes),
+        "class_shares_oversampled": class_shares(train, classes),
         "most_repeats": max(
             (sum(1 for _ in same) for _, same in groupby(train[len(plain) :], key=id)), default=0
         ),
     }
-    return SequenceSets(corpora, train, validation, replies, report)
+    return SequenceSets(corpora | others, train, validation, replies, report)
 
 
 def _tokens(sequences: Sequence[dict]) -> dict[str, int]:

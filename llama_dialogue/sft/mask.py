@@ -15,12 +15,13 @@ from fastcore.basics import patch
 from ..core.dialogues import Turn
 from ..core.errors import InputError
 from ..core.targets import Target, get_target
-from ..prompting.prompts import build_prompt, class_instruction
+from ..prompting.prompts import build_prompt
 from llama_dialogue.sft.templates import (
     Rendered,
     TagTemplate,
     _check_tags,
     _encode,
+    _instruction,
     _prompt,
     _render,
     _special_tokens,
@@ -42,7 +43,7 @@ _TRIAL = (
 
 def _trial(template: TagTemplate, target: Target, wanted: str) -> list[dict[str, str]]:
     "Make a dialogue whose replies are of a class."
-    system = class_instruction(target, wanted) if template.instruct else ""
+    system = _instruction(template, target, wanted)
     messages = [{"role": "system", "content": system}] if system else []
     return messages + [{"role": role, "content": text, "label": wanted} for role, text in _TRIAL]
 
@@ -66,9 +67,9 @@ def _check_prompts(
         start: _prompt(tokenizer, messages[:place], chat, wanted)
         for place, start in zip(places, starts, strict=True)
     }
-    if template.instruct and template.chat is None and not template.tags:
+    if template.chat is None and not template.tags:
         context = [text for _, text in _TRIAL[:-1]]
-        prompts[starts[-1]] = build_prompt(tokenizer, context, "none", class_instruction(target, wanted))
+        prompts[starts[-1]] = build_prompt(tokenizer, context, "none", _instruction(template, target, wanted))
     for start, prompt in prompts.items():
         if text[:start] != prompt:
             seen = f"its generation prompt ends in {prompt[-30:]!r}, its training text before a reply in "

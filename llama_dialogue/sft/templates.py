@@ -36,6 +36,11 @@ class TagTemplate:
     instruct: bool = False  # put the wanted class into the system prompt, in words
     chat: str | None = None  # a whole chat template of one's own, used instead of `user` and `reply`
 
+    @property
+    def labelled(self) -> bool:  # False: the text says nothing of classes, and turns need no labels
+        "Tell whether the class stands anywhere."
+        return bool(self.tags) or self.instruct or self.chat is not None
+
 # %% ../../nbs/sft/10_templates.ipynb #sf100008
 def _tag(name: str, label: str) -> str:
     "Write a tag in Jinja, left out where there is no label."
@@ -60,6 +65,7 @@ TEMPLATES = {
         _placed("in_inst_uni", "EMOTION", "EMOTION", inside=True),
         _placed("out_inst_uni", "EMOTION", "EMOTION", inside=False),
         TagTemplate("native", "{{ turn.text }}", "", instruct=True),
+        TagTemplate("plain", "{{ turn.text }}", ""),
     )
 }
 
@@ -76,7 +82,7 @@ def get_template(
 def tag_tokens(
     template: str | TagTemplate,
     target: Target | str = "emotion",
-) -> tuple[str, ...]:  # e.g. ("[ACT]", "[/ACT]"); none for `native`
+) -> tuple[str, ...]:  # e.g. ("[ACT]", "[/ACT]"); none for `native` and `plain`
     "List the special tokens that a template needs for a target."
     word = re.sub(r"\W+", "_", get_target(target).name.upper())
     return tuple(tag.replace("EMOTION", word) for tag in get_template(template).tags)
@@ -326,6 +332,11 @@ def _encode(
     return Rendered(text, ids, mask)
 
 # %% ../../nbs/sft/10_templates.ipynb #sf100035
+def _instruction(template: TagTemplate, target: Target, wanted: str) -> str:
+    "Say in words what a template does not say in tags."
+    return class_instruction(target, wanted) if template.instruct else ""
+
+
 def _messages(
     context: Sequence[Turn],  # an odd number
     template: TagTemplate,
@@ -334,8 +345,7 @@ def _messages(
     wanted: str,  # class of the reply
 ) -> list[dict[str, str]]:  # role, content, label
     "Give the turns of a context their roles and labels."
-    instruction = class_instruction(target, wanted) if template.instruct else ""
-    messages = make_messages(context, system, instruction)
+    messages = make_messages(context, system, _instruction(template, target, wanted))
     for message, turn in zip(messages[-len(context) :], context, strict=True):
         if (label := target.label(turn)) is not None:
             message["label"] = target.check(label)
@@ -365,11 +375,13 @@ def render_dialogue(
     if not turns:
         raise InputError("turns: need at least one turn and its reply, e.g. [Turn('Hi!'), Turn('Hello.')]")
     _check_tags(tokenizer, template, target)
-    _check_labels(turns, target, len(turns) - 1 if template.instruct else 0)
+    if template.labelled:
+        _check_labels(turns, target, len(turns) - 1 if template.instruct else 0)
     *context, reply = turns
     label = target.label(reply)
     messages = _messages(context, template, target, system, label)
-    messages.append({"role": "assistant", "content": reply.text.strip(), "label": target.check(label)})
+    answer = {"role": "assistant", "content": reply.text.strip()}
+    messages.append(answer if label is None else answer | {"label": target.check(label)})
     _check_turns(tokenizer, messages)
     text, spans = _render(tokenizer, messages, chat_template(template, tokenizer, target))
     return _encode(tokenizer, text, spans[-1:] if template.instruct else spans)
@@ -391,8 +403,8 @@ def render_prompt(
         raise InputError(
             f"context of {len(context)} turns: need an odd number, the first and the last are the user's, e.g. 3"
         )
-    if template.instruct and template.chat is None and not template.tags:
-        return build_prompt(tokenizer, context, system, class_instruction(target, wanted))
+    if template.chat is None and not template.tags:
+        return build_prompt(tokenizer, context, system, _instruction(template, target, wanted))
     _check_tags(tokenizer, template, target)
     if strict and not template.instruct:
         _check_labels(context, target)

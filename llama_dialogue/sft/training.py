@@ -53,12 +53,12 @@ from .configs import SFTTrainingConfig, differing_keys
 from .data import SequenceSets, load_sequences
 from .mask import check_template
 from .memory import head_chunk, model_shape, training_memory
-from .templates import tag_tokens
+from .templates import get_template, tag_tokens
 
 with _silence():
     import datasets
     from accelerate import PartialState
-    from transformers import PrinterCallback
+    from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
 # %% ../../nbs/sft/40_training.ipynb #st000007
@@ -253,9 +253,10 @@ def _arguments(config: SFTTrainingConfig, folder: Path) -> SFTConfig:
     "Set up trl's trainer."
     device = choose_device("auto")
     dtype = choose_dtype(config.dtype, device)
+    save_steps = config.eval_steps if config.early_stopping else config.save_steps
     every = {
         n: {"strategy": "steps", "steps": k} if k else {"strategy": "epoch"}
-        for n, k in (("eval", config.eval_steps), ("save", config.save_steps))
+        for n, k in (("eval", config.eval_steps), ("save", save_steps))
     }
     return SFTConfig(
         output_dir=str(folder),
@@ -278,6 +279,9 @@ def _arguments(config: SFTTrainingConfig, folder: Path) -> SFTConfig:
         max_length=config.data.max_tokens if config.packing else None,
         dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
         save_total_limit=2,
+        load_best_model_at_end=config.early_stopping > 0,
+        metric_for_best_model="eval_loss" if config.early_stopping else None,
+        greater_is_better=False if config.early_stopping else None,
         logging_steps=10,
         report_to=config.report_to,
         run_name=config.name,
@@ -355,6 +359,8 @@ def make_trainer(
         trainer.fillers = len(trainer.train_dataset) - rows
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Clock(trainer))
+    if config.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping))
     return trainer
 
 # %% ../../nbs/sft/40_training.ipynb #st000020
@@ -512,7 +518,7 @@ def train_adapter_job(
         tagged.model.set_attn_implementation(config.attention)
         check_template(tagged.tokenizer, config.template, config.target)
         sets = load_sequences(config, tagged.tokenizer)
-        for role, corpus in zip(("data", "sample"), sets.corpora, strict=False):
+        for role, corpus in sets.corpora.items():
             record.add_input(role, corpus)
         record.details |= {"data": sets.report}
         home = _checkpoint_home(config, out, record.inputs)
@@ -553,6 +559,9 @@ def _fit(
             held = [row for row in trainer.state.log_history if "eval_loss" in row]
             last = held[-1] if held[-1]["step"] == trainer.state.global_step else trainer.evaluate()
             start, end = held[0]["eval_loss"], last["eval_loss"]
+            if config.early_stopping:
+                end = trainer.state.best_metric
+                record.details["best_step"] = trainer.state.best_global_step
         weights = _gathered(trainer)
     _note(record, trainer, {"start": start, "loss": end, "perplexity": math.exp(end)}, whole)
     return network.eval(), weights
@@ -594,14 +603,16 @@ def adapter_card(
     config, details = SFTTrainingConfig.from_dict(record.config), record.details
     base, held = record.inputs["model"]["name"], details["data"]["dialogues"]["validation"]
     tags = ", ".join(f"`{tag}`" for tag in tag_tokens(config.template, config.target)) or "none"
+    told, kind = f"whose replies follow the {config.target} that a tag names", config.target
+    if not get_template(config.template).labelled:
+        told, kind = f"that replies as the speakers of {config.data.data} do", "reply"
     sections = [
-        f"A LoRA adapter of `{base}` whose replies follow the {config.target} that a tag names. Template "
-        f"`{config.template}`, tags {tags}.",
+        f"A LoRA adapter of `{base}` {told}. Template `{config.template}`, tags {tags}.",
         f"```python\nfrom llama_dialogue.sft import load_adapter\n\ntuned = load_adapter({record.name!r})\n```",
         f"Loss in nats per learned token on {held} validation dialogues, before the training (start) and after.",
     ]
     rows, scores = {"validation": "validation"}, ("start", "loss", "perplexity")
-    return model_card(record, f"{config.target} adapter of {base}", sections, rows, scores, _LIMITS)
+    return model_card(record, f"{kind} adapter of {base}", sections, rows, scores, _LIMITS)
 
 
 def _finish(record: RunRecord, out: Path) -> None:

@@ -116,7 +116,7 @@ def bench_training_job(
         plain = chat or load_chat_model(of.model, "fp32")
         record.add_input("model", ours)
         sets = load_sequences(of, add_tags(ours, of.template, of.target).tokenizer)
-        record.add_input("data", sets.corpora[0])
+        record.add_input("data", sets.corpora["data"])
         parts = _parts(config, sets)
         first = replace(sets, train=parts[0])
         with tempfile.TemporaryDirectory() as folder:
