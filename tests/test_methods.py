@@ -275,7 +275,7 @@ GUIDED = {
     "sampled": dict(),
     "greedy": dict(sample=False, strength=3.0),
     "penalty": dict(repetition_penalty=1.4, strength=2.0, top_k=5),
-    "temperature": dict(temperature=0.6, top_k=20),
+    "temperature": dict(temperature=0.6, top_k=20, top_p=0.8),
     "small batches": dict(batch_size=2),
     "one candidate": dict(top_k=1),
 }

@@ -35,7 +35,7 @@ CASES = {
     "window": dict(layers="all", window_length=5),
     "decay": dict(layers="middle", window_length=4, decay=True),
     "penalty": dict(layers="upper", repetition_penalty=1.3, sample=False),
-    "fusion": dict(layers="all", gm_scale=0.5, kl_scale=0.5, top_k=0, temperature=0.7),
+    "fusion": dict(layers="all", gm_scale=0.5, kl_scale=0.5, top_k=0, top_p=0.9, temperature=0.7),
     "long window": dict(layers="upper", window_length=500, decay=True),
     "first layer": dict(layers=(0, 1), horizon_length=2, num_iterations=4),
     "gamma": dict(layers="all", gamma=0.5, step_size=0.1),

@@ -129,11 +129,10 @@ def _drawn(decoding: dict) -> str:
     "Say how replies were decoded."
     if not decoding.get("sample"):
         return "the model's own likeliest tokens"
-    return (
-        f"drawn from the model's {decoding['top_k']} likeliest tokens"
-        if decoding["top_k"]
-        else "the model's own samples"
-    )
+    part = f", the likeliest that make up {p:.0%}" if (p := decoding.get("top_p", 1)) < 1 else ""
+    if decoding["top_k"]:
+        return f"drawn from the model's {decoding['top_k']} likeliest tokens{part}"
+    return f"the model's own samples{part}"
 
 
 def _human_text(grid: ScoredGrid, table: pd.DataFrame, ceiling: Interval | None) -> str:

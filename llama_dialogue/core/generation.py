@@ -6,7 +6,7 @@
 __all__ = ['derive_seed', 'Generations', 'generate', 'count_forward_equivalents', 'stream', 'best_of_n']
 
 # %% ../../nbs/core/60_generation.ipynb #955316bb
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
-from .generation_config import GenerationConfig
+from .generation_config import GenerationConfig, SamplingConfig
 
 # %% ../../nbs/core/60_generation.ipynb #c06f4203
 def row_uniforms(
@@ -101,8 +101,32 @@ def keep_top_k(
         probs = torch.where(probs >= least, probs, 0)
     return probs / probs.sum(-1, keepdim=True)
 
+
+def keep_top_p(
+    probs: Float[Tensor, "B V"],  # rows sum to 1
+    p: float,  # 1: keep all
+) -> Float[Tensor, "B V"]:  # rows sum to 1 again
+    "Keep the likeliest tokens of a row until they reach a probability together (Holtzman et al., 2020)."
+    if p == 1:
+        return probs
+    ordered, which = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(probs).scatter(-1, which, torch.where(before < p, ordered, 0))
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def keep_likely(
+    probs: Float[Tensor, "B V"],
+    config: SamplingConfig,
+) -> Float[Tensor, "B V"]:  # rows sum to 1
+    "Drop the tokens that a config does not draw from: first by their number, then by their probability."
+    return keep_top_p(keep_top_k(probs, config.top_k), config.top_p)
+
 # %% ../../nbs/core/60_generation.ipynb #2001be31
 EditContext = Callable[[list[str]], AbstractContextManager]  # classes of a pass's rows -> a `with` block
+
+
+Past = Sequence[tuple[Float[Tensor, "1 K V D"], Float[Tensor, "1 K V D"]]]  # keys and values of each layer
 
 
 def _as_it_is(classes: list[str]) -> AbstractContextManager:
@@ -119,24 +143,27 @@ def _decode(
     seeds: list[int],
     classes: list[str],
     edit_context: EditContext,
+    past: Past = (),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     "Yield, step by step, the rows that are still speaking and their next tokens."
     pairs = list(zip(prompts, classes, strict=True))
     unique = list(dict.fromkeys(pairs))
     which = torch.tensor([unique.index(pair) for pair in pairs], device=model.device)
     ids, mask = (t.to(model.device) for t in encode_prompts(tokenizer, [prompt for prompt, _ in unique]))
-    _check_room(model, ids.shape[1], config.max_new_tokens)
+    virtual = past[0][0].shape[2] if past else 0
+    _check_room(model, virtual + ids.shape[1], config.max_new_tokens)
     stops = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
     uniforms = row_uniforms(seeds, config.max_new_tokens).to(model.device)
-    cache, positions = DynamicCache(), (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, positions = _filled_cache(past, len(unique)), virtual + (mask.cumsum(-1) - 1).clamp(min=0)
     last = torch.tensor([-1], device=model.device)  # a slice would copy the output matrix for every row
     forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=last)
     with edit_context([name for _, name in unique]):
-        logits = forward(ids, attention_mask=mask, position_ids=positions).logits[which, -1].float()
+        whole = torch.cat([mask.new_ones(len(unique), virtual), mask], dim=1)
+        logits = forward(ids, attention_mask=whole, position_ids=positions).logits[which, -1].float()
     cache.batch_select_indices(which)
     seen = torch.zeros(len(unique), logits.shape[-1], dtype=torch.bool, device=model.device)
     seen = seen.scatter(1, torch.where(mask.bool(), ids, ids[:, -1:]), True)[which]
-    mask, positions = mask[which], positions[which, -1:]
+    mask, positions = whole[which], positions[which, -1:]
     rows = torch.arange(len(prompts), device=model.device)
     for step in range(config.max_new_tokens):
         tokens = _choose(logits, seen, uniforms[rows, step], config)
@@ -155,12 +182,20 @@ def _decode(
         logits = out.logits[:, -1].float()
 
 
+def _filled_cache(past: Past, rows: int) -> DynamicCache:
+    "Make a cache that holds the keys and values of a soft prompt in every row."
+    cache = DynamicCache()
+    for layer, pair in enumerate(past):
+        cache.update(*(t.expand(rows, -1, -1, -1) for t in pair), layer)
+    return cache
+
+
 def _choose(logits: Tensor, seen: Tensor, uniforms: Tensor, config: GenerationConfig) -> Tensor:
     "Choose the next token of each row."
     logits = apply_repetition_penalty(logits, seen, config.repetition_penalty)
     if not config.sample:
         return logits.argmax(-1)
-    return sample_rows(keep_top_k((logits / config.temperature).softmax(-1), config.top_k), uniforms)
+    return sample_rows(keep_likely((logits / config.temperature).softmax(-1), config), uniforms)
 
 
 def _check_room(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
@@ -197,6 +232,7 @@ def generate(
     progress: str = "",  # label of a progress bar; empty: none
     classes: list[str] | None = None,  # of each row, for `edit_context`
     edit_context: EditContext = _as_it_is,  # classes of a pass's rows -> a `with` block around the pass, e.g. an added vector
+    past: Past = (),  # keys and values before every prompt, e.g. of a soft prompt
 ) -> Generations:
     "Decode a reply to every prompt."
     config = config or GenerationConfig()
@@ -212,7 +248,7 @@ def generate(
         for start in range(0, len(order), config.batch_size):
             batch = order[start : start + config.batch_size]
             own = [[column[i] for i in batch] for column in (prompts, seeds, classes)]
-            for rows, tokens in _decode(model, tokenizer, own[0], config, *own[1:], edit_context):
+            for rows, tokens in _decode(model, tokenizer, own[0], config, *own[1:], edit_context, past):
                 for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                     token_ids[batch[row]].append(token)
             bar.update(len(batch))
@@ -280,10 +316,11 @@ def stream(
     prompt: str,
     config: GenerationConfig | None = None,
     seed: int = 0,
+    past: Past = (),  # keys and values before the prompt, as for `generate`
 ) -> Iterator[str]:  # pieces of text that add up to the reply
     "Decode one reply and yield it piece by piece."
     token_ids, said = [], ""
-    steps = _decode(model, tokenizer, [prompt], config or GenerationConfig(), [seed], [""], _as_it_is)
+    steps = _decode(model, tokenizer, [prompt], config or GenerationConfig(), [seed], [""], _as_it_is, past)
     for _, tokens in steps:
         token_ids.append(int(tokens))
         text = tokenizer.decode(token_ids, skip_special_tokens=True).lstrip()

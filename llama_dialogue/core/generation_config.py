@@ -18,6 +18,7 @@ class SamplingConfig(Config):
     sample: bool = True  # False: always the likeliest token
     temperature: float = 1.0
     top_k: int = 10  # 0: all tokens
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability; 1: all
     repetition_penalty: float = 1.0  # 1: none; over prompt and reply
 
     def __post_init__(self):
@@ -25,6 +26,7 @@ class SamplingConfig(Config):
         for name in ("temperature", "repetition_penalty"):
             self._need(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
         self._need("top_k", self.top_k >= 0, "0 (all tokens) or more")
+        self._need("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1")
 
     def _need(self, name: str, holds: bool, rule: str) -> None:
         "Refuse a value that breaks its rule; the example is the field's default."

@@ -24,7 +24,7 @@ from llama_dialogue.core.generation import (
     apply_repetition_penalty,
     as_generations,
     encode_prompts,
-    keep_top_k,
+    keep_likely,
     row_seeds,
     row_uniforms,
     sample_rows,
@@ -135,7 +135,7 @@ def _candidates(
 ) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:  # ids, in their order, and probabilities
     "Choose each row's likeliest tokens."
     logits = apply_repetition_penalty(logits, seen, config.repetition_penalty)
-    probs = keep_top_k((logits / config.temperature).softmax(-1), config.top_k)
+    probs = keep_likely((logits / config.temperature).softmax(-1), config)
     most = max(1, int((probs > 0).sum(-1).max()))
     ids = probs.topk(most).indices.sort(-1).values
     return ids, probs.gather(1, ids)
@@ -209,7 +209,14 @@ def reference_guided(
             logits[token] *= 1 / config.repetition_penalty if above else config.repetition_penalty
         probs = (logits / config.temperature).softmax(-1)
         guided, target = torch.zeros_like(probs, dtype=torch.float64), {}
-        for token in probs.topk(config.top_k).indices.tolist():
+        likeliest, room = (
+            probs.topk(config.top_k).indices.tolist(),
+            config.top_p * probs.topk(config.top_k).values.sum(),
+        )
+        for token in likeliest:
+            if room <= 0:
+                break
+            room -= probs[token]
             reply = ids[start:] if token in stops else [*ids[start:], token]
             feature = read(ids[:start] + reply)[start - 1 :].mean(0)
             target[token] = float(head(feature)[label].exp())

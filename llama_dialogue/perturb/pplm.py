@@ -21,7 +21,7 @@ from llama_dialogue.core.generation import (
     apply_repetition_penalty,
     as_generations,
     encode_prompts,
-    keep_top_k,
+    keep_likely,
     row_seeds,
     row_uniforms,
     sample_rows,
@@ -49,10 +49,10 @@ def _next_token_probs(
     seen: Bool[Tensor, "B V"],  # tokens of prompt and reply
     config: PPLMConfig,
 ) -> Float[Tensor, "B V"]:
-    "Mix the perturbed and the unperturbed distribution by their geometric mean, and keep the top k."
+    "Mix the perturbed and the unperturbed distribution by their geometric mean, and keep the likely tokens."
     logits = apply_repetition_penalty(logits, seen, config.repetition_penalty) / config.temperature
     mixed = config.gm_scale * log_softmax(logits, -1) + (1 - config.gm_scale) * log_unperturbed
-    return keep_top_k(mixed.softmax(-1), config.top_k)
+    return keep_likely(mixed.softmax(-1), config)
 
 # %% ../../nbs/perturb/20_pplm.ipynb #a8833291
 class _Steering:

@@ -95,6 +95,10 @@ def _fused(logits: Float[Tensor, "V"], unperturbed: Float[Tensor, "V"], ids: lis
     probs = probs**config.gm_scale * unperturbed ** (1 - config.gm_scale)
     if 0 < config.top_k < len(probs):
         probs[probs < probs.topk(config.top_k).values[-1]] = 0
+    room = config.top_p * probs.sum()
+    for token in probs.argsort(descending=True, stable=True).tolist() if config.top_p < 1 else []:
+        probs[token] *= room > 0
+        room -= probs[token]
     return probs / probs.sum()
 
 # %% ../../nbs/perturb/30_reference.ipynb #b65cf3cb
