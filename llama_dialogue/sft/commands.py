@@ -179,7 +179,9 @@ def sft():
 
 
 @sft.command("train", short_help="Train an adapter.")
-@config_option("--template", "template", help="in_inst, out_inst, in_inst_uni, out_inst_uni or native.")
+@config_option(
+    "--template", "template", help="in_inst, out_inst, in_inst_uni, out_inst_uni, native or plain."
+)
 @config_option("--target", "target", help="What the tags say: emotion or act.")
 @config_option("--data", "data.data")
 @config_option("--model", "model")

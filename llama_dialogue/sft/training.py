@@ -14,7 +14,7 @@ import sys
 import time
 import types
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
@@ -150,8 +151,10 @@ def masked_head(
     def forward(self, *args, learned: Tensor | None = None, **kwargs):
         if learned is None:
             return usual(*args, **kwargs)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        labels, (weight, rows, ids) = learned[:, 1:], _output_layer(self)
+        states = self.base_model(*args, **kwargs).last_hidden_state[
+            :, -learned.shape[1] :
+        ]  # no virtual tokens
+        hidden, labels, (weight, rows, ids) = states[:, :-1], learned[:, 1:], _output_layer(self)
         counts = labels != -100
         with torch.autocast(hidden.device.type, enabled=False):
             return {"loss": _HeadLoss.apply(hidden[counts], weight, rows, ids, labels[counts], chunk)}
@@ -197,6 +200,9 @@ class _LengthSampler(Sampler):
         yield from (i for batch in [*batches, *rest, self.fillers] for i in batch)
 
 # %% ../../nbs/sft/40_training.ipynb #st000015
+_TRAINED = "trained.safetensors"
+
+
 class _Trainer(SFTTrainer):
     "trl's trainer, with logits only where the loss mask is."
 
@@ -228,6 +234,18 @@ class _Trainer(SFTTrainer):
         own = lengths[: len(lengths) - self.fillers]
         together = self.args.train_batch_size * self.args.world_size
         return _LengthSampler(own, together, self.args.seed, self.fillers)
+
+    def _save(self, output_dir=None, state_dict=None):
+        "Save what is trained; of a soft prompt that is more than what peft keeps of it."
+        super()._save(output_dir, state_dict)
+        if self.accelerator.unwrap_model(self.model).active_peft_config.is_prompt_learning:
+            own = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+            save_file(own, Path(output_dir or self.args.output_dir) / _TRAINED)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        super()._load_from_checkpoint(checkpoint, model)
+        if (stored := Path(checkpoint) / _TRAINED).is_file():
+            self.model.load_state_dict(load_file(stored), strict=False)
 
     def create_model_card(self, *args, **kwargs):
         "Leave the card to the job."
@@ -523,7 +541,8 @@ def train_adapter_job(
         record.details |= {"data": sets.report}
         home = _checkpoint_home(config, out, record.inputs)
         with checkpoint_folder(home) if main else nullcontext():
-            network, weights = _fit(tagged, sets, config, home, record, progress and main, state)
+            make = functools.partial(new_adapter, tagged, config.template, config.target, config.adapter)
+            network, weights = _fit(make, tagged, sets, config, home, record, progress and main, state)
             if main:
                 how = (config.template, config.target, config.system, Fingerprints.of(sets.replies))
                 save_adapter(out, network, tagged, *how, weights)
@@ -537,7 +556,8 @@ def train_adapter_job(
 
 
 def _fit(
-    tagged: ChatModel,
+    make: Callable,  # gives the network with what is trained; its weights depend on torch's seed
+    chat: ChatModel,
     sets: SequenceSets,
     config: SFTTrainingConfig,
     home: Path,
@@ -549,9 +569,9 @@ def _fit(
     with state.main_process_first():
         whole = _set_faulty_aside(home)
     longest = max(len(row["input_ids"]) for row in sets.train)
-    with seeded_training(config.seed), _no_warnings(), _memory_faults(config, longest, tagged.model):
-        network = new_adapter(tagged, config.template, config.target, config.adapter)
-        trainer = make_trainer(network, tagged, sets, config, home)
+    with seeded_training(config.seed), _no_warnings(), _memory_faults(config, longest, chat.model):
+        network = make()
+        trainer = make_trainer(network, chat, sets, config, home)
         with masked_head(network.get_base_model()):
             trainer.args.eval_on_start = not whole
             trainer.add_callback(ProgressBar(config.name if progress else "", "loss"))
