@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 
 from ..core.errors import MachineError
@@ -50,7 +51,7 @@ def plot_verbs(
 ) -> None:
     "Draw how often each verb is asked for, cut into its objects."
     counts = Counter(verb for verb, _ in pairs if verb)
-    shades = ["C0", "C9", "C2", "C8"]
+    shades = sns.color_palette("pastel", 4)
     for row, (verb, total) in enumerate(counts.most_common(verbs)):
         own, left = Counter(what for v, what in pairs if v == verb and what), 0
         ax.barh(row, total, color="0.88")
@@ -60,6 +61,7 @@ def plot_verbs(
             left += n
     ax.set_yticks(range(min(verbs, len(counts))), [verb for verb, _ in counts.most_common(verbs)])
     ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
     ax.set_xlabel(f"instructions with this verb, of {len(pairs)}; coloured: with the object named")
 
 # %% ../../nbs/sft/78_instruction_data.ipynb #id000012
