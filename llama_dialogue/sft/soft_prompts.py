@@ -6,17 +6,13 @@
 __all__ = ['new_tuned_model', 'soft_past']
 
 # %% ../../nbs/sft/76_soft_prompts.ipynb #sp000004
-from typing import TYPE_CHECKING
-
 import torch
 
 from ..core.errors import InputError
+from ..core.generation import Past
 from ..core.models import ChatModel
 from .adapters import _copy_model, _layer_names, _no_warnings
 from .alpaca_configs import TuningConfig
-
-if TYPE_CHECKING:
-    from llama_dialogue.core.generation import Past
 
 # %% ../../nbs/sft/76_soft_prompts.ipynb #sp000010
 def _peft_config(config: TuningConfig, chat: ChatModel):
@@ -66,7 +62,7 @@ def new_tuned_model(
 @torch.inference_mode()
 def soft_past(
     network,  # of `new_tuned_model`, of a soft kind
-) -> "Past":  # keys and values [1, K, V, D] of each layer
+) -> Past:  # keys and values [1, K, V, D] of each layer
     "Compute what a soft prompt leaves in the cache."
     from peft import PeftType
     from transformers import DynamicCache
