@@ -23,11 +23,13 @@ from llama_dialogue.core import contexts
 from llama_dialogue.core.dialogues import Turn, load_corpus, make_examples, write_jsonl
 from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.grid import read_parts
+from llama_dialogue.core.jobs import check_job
 from llama_dialogue.core.models import tiny_chat_model
 from llama_dialogue.core.records import load_rows
 from llama_dialogue.core.targets import EMOTION, EMOTIONS
 from llama_dialogue.sft import evaluation, tag_likelihood
 from llama_dialogue.sft.adapters import add_tags, load_adapter, new_adapter, save_adapter
+from llama_dialogue.sft.commands import SFT_EVALUATION
 from llama_dialogue.sft.evaluation import compare_models, evaluate_sft, evaluation_sets
 from llama_dialogue.sft.evaluation_config import SFTEvaluationConfig
 from llama_dialogue.sft.method import ADAPTER, Adapter
@@ -465,3 +467,11 @@ def test_a_check_imports_no_model_library(place):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     assert done.stdout.split() == ["0", "False", "False"], done.stdout + done.stderr
+
+
+def test_a_check_names_an_adapter_that_is_not_trained_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    config = SFTEvaluationConfig(models=("tiny-llama-random", "runs/coming"))
+    states = {row["value"]: row["state"] for row in check_job(SFT_EVALUATION, config)["inputs"]}
+    assert states["tiny-llama-random"] == "there" and "missing" in states["runs/coming"]

@@ -110,11 +110,16 @@ SFT_BENCH = Job(
 )
 
 # %% ../../nbs/sft/95_commands.ipynb #se950007
+def _kind(model: str) -> str:
+    "Tell a folder of an adapter, even one that is not there yet, from a base model."
+    folder = Path(model)
+    beside = not folder.exists() and folder.parent != Path() and folder.parent.is_dir()
+    return "folder" if beside or (folder / "adapter.json").is_file() else "model"
+
+
 def _evaluation_inputs(config) -> list[tuple]:
     "List what an evaluation reads."
-    from llama_dialogue.sft.evaluation_config import is_adapter
-
-    models = [("models", name, "folder" if is_adapter(name) else "model") for name in config.models]
+    models = [("models", name, _kind(name)) for name in config.models]
     bases = [(what, getattr(config, what), "model") for what in ("base", "reader")]
     return [*models, *bases, ("judge", config.judge), ("data", config.data)]
 
