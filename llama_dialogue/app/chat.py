@@ -8,19 +8,20 @@ __all__ = ['CHAT_DECODING', 'ChatConfig', 'Voice', 'load_voice', 'ChatSession', 
 # %% ../../nbs/app/22_chat.ipynb #ch000004
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from .reply import SpeakingConfig
 from ..compare.inputs import load_inputs, needed_inputs
-from ..compare.methods import SteeringConfig, get_method, resolve_name, steer
+from ..compare.methods import get_method, resolve_method, steer
 from ..core.config import frozen
 from ..core.dialogues import Turn
 from ..core.errors import InputError, nearest
 from ..core.generation_config import GenerationConfig
 from ..core.paths import atomic_file
 from ..core.plugins import list_plugins
-from ..core.targets import Target, get_target
+from ..core.targets import ACT, EMOTION, Target, get_target
 
 # %% ../../nbs/app/22_chat.ipynb #ch000007
 CHAT_DECODING = GenerationConfig(
@@ -29,19 +30,12 @@ CHAT_DECODING = GenerationConfig(
 
 
 @frozen
-class ChatConfig(SteeringConfig):
+class ChatConfig(SpeakingConfig):
     "How a conversation is held."
 
     decoding: GenerationConfig = CHAT_DECODING
-    model: str = "smollm2-135m"
-    dtype: str = "auto"
     adapter: str | None = None  # a folder of `sft train` or `alpaca train`; None: the model as it is
-    method: str = "none"  # one of `llama-dialogue methods`
-    target: str | None = None  # what is steered to, e.g. "act"
-    target_class: str | None = None  # e.g. "question"
-    inputs: dict[str, str] = field(default_factory=dict)  # input -> its folder, or "default"
     room: int = 2048  # tokens of context and reply together, at most
-    seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,8 +140,8 @@ class ChatSession:
                 yield piece
         finally:
             if said.strip():
-                own = {self.wanted[0].name: self.wanted[1]} if self.wanted else {}
-                own = {name: label for name, label in own.items() if name in ("act", "emotion")}
+                target, label = self.wanted or (None, None)
+                own = {target.name: label} if target in (ACT, EMOTION) else {}
                 self.turns += [turn, Turn(said.strip(), **own)]
 
     def _fitting(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -182,25 +176,13 @@ class ChatSession:
                 chat.model, chat.tokenizer, self._prompt(context), how, self._seed(), self.voice.past
             )
             return
-        name, options = self._options()
-        steering = SteeringConfig(self.config.system, how, options)
-        target, wanted = self.wanted
-        inputs = self._loaded(name, options, target)
-        yield steer(name, chat, [context], [wanted], inputs, steering, self._seed(), target=target).replies[0]
-
-    def _options(self) -> tuple[str, dict]:
-        "Give the method's name and all options."
-        name, implied = resolve_name(self.method)
-        given = self.config.options
-        return name, {key: implied.get(key, {}) | given.get(key, {}) for key in given | implied}
-
-    def _loaded(self, name: str, options: dict, target: Target):
-        "Load what a method needs, once."
-        if (name, target.name) not in self._inputs:
-            needs = needed_inputs([(get_method(name), options)], self.config.inputs)
-            of = (needs, self.voice.chat, self.config.inputs, target, self.config.system, False)
-            self._inputs[name, target.name] = load_inputs(*of)
-        return self._inputs[name, target.name]
+        (method, steering), (target, wanted) = resolve_method(self.method, self.config), self.wanted
+        if (key := (self.method, target.name)) not in self._inputs:
+            needs = needed_inputs([(method, steering.options)], self.config.inputs)
+            of = (needs, chat, self.config.inputs, target, self.config.system, False)
+            self._inputs[key] = load_inputs(*of)
+        seeded = (self._inputs[key], steering, self._seed())
+        yield steer(method, chat, [context], [wanted], *seeded, target=target).replies[0]
 
     def want(
         self,
@@ -228,7 +210,7 @@ class ChatSession:
         wanting: bool = True,  # refuse a method that steers while nothing is wanted
     ) -> str:  # what holds from now on
         "Choose the method of the coming replies."
-        name = get_method(resolve_name(method)[0]).name
+        name = get_method(method).name
         if name != "none" and (self.voice.past or not self.voice.remembers or self.voice.target):
             raise InputError(f"method {method!r}: this adapter is asked in its own way: need no method")
         if name != "none" and wanting and self.wanted is None:
@@ -275,31 +257,34 @@ def _reset(session: ChatSession, _: str) -> str:
 
 
 def _help(session: ChatSession, _: str) -> str:
-    return "\n".join(f"/{name} {what}".rstrip() for name, (_, what) in commands().items())
-
-
-def commands() -> dict[str, tuple[Callable, str]]:  # name -> what it does, and how it is told
-    "List the slash commands."
-    wants = {
-        name: (partial(_want, target=name), f"CLASS: steer to {', '.join(get_target(name).classes)}; or off")
-        for name in list_plugins("target")
-    }
-    return {
-        "help": (_help, ": this list"),
-        "reset": (_reset, ": forget the conversation"),
-        **wants,
-        "method": (
-            lambda session, name: session.use(name),
-            f"NAME: steer by {', '.join(list_plugins('method'))}",
-        ),
-        "save": (_save, "FILE: keep the conversation"),
-        "load": (_load, "FILE: go on with a kept conversation"),
-        "quit": (None, ": leave"),
-    }
+    return "\n".join(f"/{name} {argument}: {told}" for name, (_, argument, told) in commands().items())
 
 
 def _want(session: ChatSession, wanted: str, target: str) -> str:
     return session.want(target, wanted)
+
+
+def commands() -> dict[
+    str, tuple[Callable, str, str]
+]:  # name -> function, its argument ("": none), what it does
+    "List the slash commands."
+    wants = {
+        name: (
+            partial(_want, target=name),
+            "CLASS",
+            f"steer to {', '.join(get_target(name).classes)}; or off",
+        )
+        for name in list_plugins("target")
+    }
+    return {
+        "help": (_help, "", "this list"),
+        "reset": (_reset, "", "forget the conversation"),
+        **wants,
+        "method": (ChatSession.use, "NAME", f"steer by {', '.join(list_plugins('method'))}"),
+        "save": (_save, "FILE", "keep the conversation"),
+        "load": (_load, "FILE", "go on with a kept conversation"),
+        "quit": (None, "", "leave"),
+    }
 
 
 def run_slash(
@@ -311,7 +296,7 @@ def run_slash(
     known = commands()
     if name not in known:
         raise InputError(f"/{name}: no such command: need one of /help, e.g. /{nearest(name, known)}")
-    what, told = known[name]
-    if not told.startswith(":") and not rest.strip():
-        raise InputError(f"/{name}: need more: /{name} {told}")
+    what, argument, told = known[name]
+    if argument and not rest.strip():
+        raise InputError(f"/{name}: need more: /{name} {argument}: {told}")
     return None if what is None else what(session, rest.strip())

@@ -54,18 +54,36 @@ REPLY = Job(
 )
 
 
+def _speaking_options(default: str) -> Callable:  # which method is taken if none is given
+    "Add the options of commands that speak."
+    options = [
+        _target_options,
+        config_option("--method", "method", help=f"One of `llama-dialogue methods`; {default}."),
+        config_option("--model", "model"),
+        config_option("--seed", "seed"),
+        click.option("--config", "file", metavar="FILE", help="YAML file with a value for any key."),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change one value; may be repeated.",
+        ),
+    ]
+
+    def add(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @click.command("reply", short_help="Reply to a context, if wished towards a class.")
 @click.option(
     "--context", "turns", multiple=True, required=True, help="A turn; repeat for more, the last is answered."
 )
-@_target_options
-@config_option("--method", "method", help="One of `llama-dialogue methods`; none if not given.")
-@config_option("--model", "model")
-@config_option("--seed", "seed")
-@click.option("--config", "file", metavar="FILE", help="YAML file with a value for any key.")
-@click.option(
-    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one value; may be repeated."
-)
+@_speaking_options("none if not given")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def reply(turns, file, assignments, as_json, **options):
     """Reply to a context, if wished towards a class of a target."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import click
 
-from llama_dialogue.app.commands import _chosen, _target_options
+from llama_dialogue.app.commands import _chosen, _speaking_options
 from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.jobs import Job, config_option, configure
 
@@ -105,17 +105,8 @@ CHAT = Job(
 
 
 @click.command("chat", short_help="Talk with a model in the terminal.")
-@_target_options
-@config_option(
-    "--method", "method", help="One of `llama-dialogue methods`; best_of_n if only a class is given."
-)
-@config_option("--model", "model")
+@_speaking_options("best_of_n if only a class is given")
 @config_option("--adapter", "adapter", help="A folder of `sft train` or `alpaca train`.")
-@config_option("--seed", "seed")
-@click.option("--config", "file", metavar="FILE", help="YAML file with a value for any key.")
-@click.option(
-    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one value; may be repeated."
-)
 def chat(file, assignments, **options):
     """Talk with a model, if wished towards an act or an emotion; /help lists what can be changed meanwhile.
 

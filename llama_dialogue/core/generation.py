@@ -157,8 +157,8 @@ def _decode(
     cache, positions = _filled_cache(past, len(unique)), virtual + (mask.cumsum(-1) - 1).clamp(min=0)
     last = torch.tensor([-1], device=model.device)  # a slice would copy the output matrix for every row
     forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=last)
+    whole = torch.cat([mask.new_ones(len(unique), virtual), mask], dim=1)
     with edit_context([name for _, name in unique]):
-        whole = torch.cat([mask.new_ones(len(unique), virtual), mask], dim=1)
         logits = forward(ids, attention_mask=whole, position_ids=positions).logits[which, -1].float()
     cache.batch_select_indices(which)
     seen = torch.zeros(len(unique), logits.shape[-1], dtype=torch.bool, device=model.device)

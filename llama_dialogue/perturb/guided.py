@@ -209,11 +209,9 @@ def reference_guided(
             logits[token] *= 1 / config.repetition_penalty if above else config.repetition_penalty
         probs = (logits / config.temperature).softmax(-1)
         guided, target = torch.zeros_like(probs, dtype=torch.float64), {}
-        likeliest, room = (
-            probs.topk(config.top_k).indices.tolist(),
-            config.top_p * probs.topk(config.top_k).values.sum(),
-        )
-        for token in likeliest:
+        likeliest = probs.topk(config.top_k)
+        room = config.top_p * likeliest.values.sum()
+        for token in likeliest.indices.tolist():
             if room <= 0:
                 break
             room -= probs[token]

@@ -10,17 +10,16 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 from ..core.artifacts import check_made_for, load_artifact, model_card, save_artifact
 from ..core.errors import InputError
 from ..core.generation import Past, generate
 from ..core.generation_config import GenerationConfig
 from ..core.models import ChatModel, load_chat_model
-from ..core.paths import atomic_file, check_writable, sha256_file, sha256_text
+from ..core.paths import check_writable, sha256_file, sha256_text
 from ..core.records import RunRecord, start_run
 from ..core.training import checkpoint_folder, seeded_training
-from .adapters import _WEIGHTS, _copy_model, _no_warnings
+from .adapters import _WEIGHTS, _copy_model, _no_warnings, save_peft_config, wrap_stored
 from .alpaca_configs import AlpacaConfig
 from .data import SequenceSets, _tokens
 from llama_dialogue.sft.instructions import (
@@ -31,7 +30,14 @@ from llama_dialogue.sft.instructions import (
     load_instructions,
 )
 from .soft_prompts import new_tuned_model, soft_past
-from .training import _check_machine, _checkpoint_home, _fit, _join_processes, _load_base
+from llama_dialogue.sft.training import (
+    _check_machine,
+    _checkpoint_home,
+    _finish,
+    _fit,
+    _join_processes,
+    _load_base,
+)
 
 # %% ../../nbs/sft/77_alpaca.ipynb #al000007
 def _is_held(record: Instruction, share: float) -> bool:
@@ -58,7 +64,7 @@ def load_instruction_sets(
         "left_out": {"train": len(parts[0]) - len(train), "validation": len(parts[1]) - len(held)},
         "tokens": {"train": _tokens(train), "validation": _tokens(held)},
     }
-    file = SimpleNamespace(name=place.stem, sha256=sha256_file(place))
+    file = {"name": place.stem, "sha256": sha256_file(place)}
     return SequenceSets({"data": file}, train, held, [record.output for record in parts[0]], report)
 
 # %% ../../nbs/sft/77_alpaca.ipynb #al000010
@@ -77,25 +83,15 @@ def load_instructed(
     chat: ChatModel | None = None,  # the base, stays as it is; None: loaded by its name
 ) -> InstructedChat:
     "Load what was tuned on instructions."
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-
     stored = load_artifact(folder, "instructed", None, ("base", "kind_of_tuning"), _WEIGHTS)
     chat = chat or load_chat_model(stored["base"]["name"])
     check_made_for(chat, stored["base"]["sha256"], f"llama-dialogue alpaca train --model {chat.name}")
     with seeded_training(0), _no_warnings():
-        of = PeftConfig.from_pretrained(folder)
-        of.base_model_name_or_path, of.inference_mode = None, True
-        network = get_peft_model(_copy_model(chat.model), of)
-        try:
-            set_peft_model_state_dict(network, stored["tensors"])
-        except (RuntimeError, KeyError) as error:
-            raise InputError(
-                f"{folder}: its weights do not fit its adapter_config.json: train it again"
-            ) from error
+        network = wrap_stored(_copy_model(chat.model), folder, stored["tensors"])
     sha256 = sha256_text(chat.sha256 + sha256_file(Path(folder) / _WEIGHTS))
     named = replace(chat, name=f"{chat.name}+{stored['name']}", sha256=sha256)
     model, past = chat.model, ()
-    if of.is_prompt_learning:
+    if network.active_peft_config.is_prompt_learning:
         past = tuple(tuple(t.to(chat.dtype) for t in pair) for pair in soft_past(network))
     else:
         model = network.get_base_model().eval().requires_grad_(False)
@@ -140,17 +136,11 @@ def _card(record: RunRecord) -> str:  # Markdown
 
 def _save(folder: Path, network, chat: ChatModel, config: AlpacaConfig) -> None:
     "Write what was trained into a folder, with peft's own files."
-    import copy
-
     from peft import get_peft_model_state_dict
-
-    def add(new: Path) -> None:
-        of = copy.copy(network.peft_config["default"])
-        of.inference_mode = True
-        of.save_pretrained(new)
 
     about = {"base": {"name": chat.name, "sha256": chat.sha256}, "kind_of_tuning": config.tuning.kind}
     tensors = get_peft_model_state_dict(network, save_embedding_layers=False)
+    add = functools.partial(save_peft_config, network)
     save_artifact(folder, "instructed", tensors, about, None, _WEIGHTS, add)
 
 
@@ -179,8 +169,5 @@ def train_alpaca_job(
             _save(out, network, chat, config)
         instructed = load_instructed(out, chat)
         record.details["artefact"] = {"name": instructed.chat.name, "sha256": instructed.sha256}
-    record.save(out / "record.json")
-    config.to_yaml(out / "config.yaml")
-    with atomic_file(out / "README.md") as temporary:
-        temporary.write_text(_card(record), encoding="utf-8")
+    _finish(record, config, _card(record), out)
     return instructed, record

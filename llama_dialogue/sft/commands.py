@@ -112,9 +112,9 @@ SFT_BENCH = Job(
 # %% ../../nbs/sft/95_commands.ipynb #se950007
 def _kind(model: str) -> str:
     "Tell a folder of an adapter, even one that is not there yet, from a base model."
-    folder = Path(model)
-    beside = not folder.exists() and folder.parent != Path() and folder.parent.is_dir()
-    return "folder" if beside or (folder / "adapter.json").is_file() else "model"
+    from llama_dialogue.sft.evaluation_config import names_missing_folder
+
+    return "folder" if names_missing_folder(model) or (Path(model) / "adapter.json").is_file() else "model"
 
 
 def _evaluation_inputs(config) -> list[tuple]:

@@ -84,8 +84,10 @@ def training_sequences(
             for piece in cut(turns, lambda part: len(render(part).input_ids) <= max_tokens):
                 found = render(piece)
                 row = {"dialogue_id": dialogue.id, "input_ids": found.input_ids, "loss_mask": found.loss_mask}
-                count = _class_tokens(found.loss_mask, piece, target) if template.labelled else None
-                sequences.append(row | {"class_tokens": count or [sum(found.loss_mask)]})
+                tokens = [sum(found.loss_mask)]
+                if template.labelled:
+                    tokens = _class_tokens(found.loss_mask, piece, target)
+                sequences.append(row | {"class_tokens": tokens})
     return sequences
 
 

@@ -36,6 +36,14 @@ class ReplyTestConfig(Config):
             raise InputError(f"seeds={list(self.seeds)}: need one or more, each once, e.g. seeds=[0]")
 
 # %% ../../nbs/sft/58_evaluation_config.ipynb #se580010
+def names_missing_folder(
+    model: str,  # a folder, a registry name or a hub id
+) -> bool:
+    "Tell a folder that is not there, beside others that are, from a name."
+    folder = Path(model)
+    return not folder.exists() and folder.parent != Path() and folder.parent.is_dir()
+
+
 def is_adapter(
     model: str,  # a folder, a registry name or a hub id
 ) -> bool:
@@ -47,7 +55,7 @@ def is_adapter(
         raise InputError(
             f"model {model!r}: no adapter.json there: need a folder of `llama-dialogue sft train`"
         )
-    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+    if names_missing_folder(model):
         raise InputError(
             f"model {model!r}: no such folder: need one of `llama-dialogue sft train`, or a base model"
         )

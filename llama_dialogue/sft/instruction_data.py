@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from ..core.errors import MachineError
 from ..core.texts import similar_pairs
-from .instructions import Instruction, load_instructions
+from .instructions import Instruction
 
 # %% ../../nbs/sft/78_instruction_data.ipynb #id000007
 def _parser():
@@ -51,12 +51,12 @@ def plot_verbs(
 ) -> None:
     "Draw how often each verb is asked for, cut into its objects."
     counts = Counter(verb for verb, _ in pairs if verb)
-    shades = sns.color_palette("pastel", 4)
+    shades = sns.color_palette("pastel", objects)
     for row, (verb, total) in enumerate(counts.most_common(verbs)):
         own, left = Counter(what for v, what in pairs if v == verb and what), 0
         ax.barh(row, total, color="0.88")
-        for number, (what, n) in enumerate(own.most_common(objects)):
-            ax.barh(row, n, left=left, color=shades[number % len(shades)], edgecolor="white")
+        for (what, n), shade in zip(own.most_common(objects), shades, strict=False):
+            ax.barh(row, n, left=left, color=shade, edgecolor="white")
             ax.text(left + n / 2, row, what, ha="center", va="center", fontsize=6, clip_on=True)
             left += n
     ax.set_yticks(range(min(verbs, len(counts))), [verb for verb, _ in counts.most_common(verbs)])
@@ -75,12 +75,11 @@ def instruction_report(
         for name in ("instruction", "input", "output")
     }
     texts = [f"{record.instruction} {record.input}".strip() for record in records]
-    pairs = [(i, j) for i, j, _ in similar_pairs(texts, texts, 3, least) if i < j]
     return {
         "records": len(records),
         "with_input": sum(bool(record.input.strip()) for record in records),
         "words": {
             n: np.percentile(v, (25, 50, 75)).round().astype(int).tolist() for n, v in words.items() if v
         },
-        "repeated": [(i + 1, j + 1) for i, j in pairs],
+        "repeated": [(i + 1, j + 1) for i, j, _ in similar_pairs(texts, texts, 3, least) if i < j],
     }

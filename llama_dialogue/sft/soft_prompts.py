@@ -8,10 +8,9 @@ __all__ = ['new_tuned_model', 'soft_past']
 # %% ../../nbs/sft/76_soft_prompts.ipynb #sp000004
 import torch
 
-from ..core.errors import InputError
 from ..core.generation import Past
 from ..core.models import ChatModel
-from .adapters import _copy_model, _layer_names, _no_warnings
+from .adapters import _copy_model, _no_warnings, lora_config
 from .alpaca_configs import TuningConfig
 
 # %% ../../nbs/sft/76_soft_prompts.ipynb #sp000010
@@ -26,18 +25,7 @@ def _peft_config(config: TuningConfig, chat: ChatModel):
         return peft.PromptTuningConfig(**common)
     if config.kind == "p-tuning":
         return peft.PromptEncoderConfig(**common, encoder_hidden_size=config.width or chat.width)
-    of = config.lora
-    targets = of.targets if isinstance(of.targets, str) else list(of.targets)
-    if unknown := [n for n in of.targets if targets != "all-linear" and n not in _layer_names(chat.model)]:
-        raise InputError(f"lora.targets={list(of.targets)}: {chat.name} has no layer {unknown[0]!r}")
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=of.rank,
-        lora_alpha=of.alpha,
-        lora_dropout=of.dropout,
-        use_rslora=of.rslora,
-        target_modules=targets,
-    )
+    return lora_config(config.lora, chat, "tuning.lora")
 
 
 def new_tuned_model(

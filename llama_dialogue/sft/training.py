@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from ..core.artifacts import model_card
+from ..core.config import Config
 from ..core.errors import InputError, MachineError
 from ..core.fingerprints import Fingerprints
 from ..core.models import ChatModel, choose_device, choose_dtype, load_chat_model
@@ -151,10 +152,9 @@ def masked_head(
     def forward(self, *args, learned: Tensor | None = None, **kwargs):
         if learned is None:
             return usual(*args, **kwargs)
-        states = self.base_model(*args, **kwargs).last_hidden_state[
-            :, -learned.shape[1] :
-        ]  # no virtual tokens
-        hidden, labels, (weight, rows, ids) = states[:, :-1], learned[:, 1:], _output_layer(self)
+        states = self.base_model(*args, **kwargs).last_hidden_state  # those of virtual tokens come first
+        hidden, labels = states[:, -learned.shape[1] : -1], learned[:, 1:]
+        weight, rows, ids = _output_layer(self)
         counts = labels != -100
         with torch.autocast(hidden.device.type, enabled=False):
             return {"loss": _HeadLoss.apply(hidden[counts], weight, rows, ids, labels[counts], chunk)}
@@ -551,7 +551,7 @@ def train_adapter_job(
         sha256 = sha256_text(tagged.sha256 + adapter_sha256(out))
         record.details["artefact"] = {"name": f"{tagged.name}+{out.resolve().name}", "sha256": sha256}
     if main:
-        _finish(record, out)
+        _finish(record, config, adapter_card(record), out)
     return tuned, record
 
 
@@ -635,9 +635,14 @@ def adapter_card(
     return model_card(record, f"{kind} adapter of {base}", sections, rows, scores, _LIMITS)
 
 
-def _finish(record: RunRecord, out: Path) -> None:
-    "Put card, config and record beside the adapter."
+def _finish(
+    record: RunRecord,
+    config: Config,
+    card: str,  # Markdown
+    out: Path,  # folder of what was trained
+) -> None:
+    "Put card, config and record beside what was trained."
     record.save(out / "record.json")
-    SFTTrainingConfig.from_dict(record.config).to_yaml(out / "config.yaml")
+    config.to_yaml(out / "config.yaml")
     with atomic_file(out / "README.md") as temporary:
-        temporary.write_text(adapter_card(record), encoding="utf-8")
+        temporary.write_text(card, encoding="utf-8")
