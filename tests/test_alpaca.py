@@ -54,6 +54,21 @@ def test_the_base_is_left_as_it_was(tmp_path):
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_attention_is_that_of_the_config_and_the_base_keeps_its_own(tmp_path, monkeypatch):
+    base, asked = tiny_chat_model(), []
+    usual = training.make_trainer
+
+    def spy(network, *args):
+        asked.append(network.get_base_model().config._attn_implementation)
+        return usual(network, *args)
+
+    monkeypatch.setattr(training, "make_trainer", spy)
+    for attention in ("eager", "sdpa"):
+        config = CONFIG.override([f"attention={attention}", "tuning.kind=prefix", "epochs=0.1"])
+        alpaca.train_alpaca_job(config, tmp_path / attention, progress=False, chat=base)
+    assert asked == ["eager", "sdpa"] and base.model.config._attn_implementation == "sdpa"
+
+
 def test_ones_own_file_from_the_command_line_to_the_chat(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"Say the number {n}.", "input": "", "output": f"{n}!"} for n in range(40)]

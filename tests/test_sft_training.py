@@ -23,7 +23,8 @@ from llama_dialogue.core.models import load_chat_model, tiny_chat_model
 from llama_dialogue.core.records import RunRecord
 from llama_dialogue.core.targets import EMOTIONS
 from llama_dialogue.core.training import seeded_training
-from llama_dialogue.sft import adapters, data, sweep, training, training_bench
+from llama_dialogue.sft import adapters, alpaca, data, sweep, training, training_bench
+from llama_dialogue.sft.alpaca_configs import AlpacaConfig
 from llama_dialogue.sft.commands import SFT
 from llama_dialogue.sft.configs import (
     AdapterConfig,
@@ -543,6 +544,24 @@ def test_two_processes_end_as_one_with_the_same_batches(tmp_path):
         torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
     tuned = adapters.load_adapter(tmp_path / "both")
     assert both.details["artefact"] == {"name": tuned.name, "sha256": tuned.sha256}
+
+
+def test_two_processes_tune_on_instructions_as_one(tmp_path):
+    common = {"model": "tiny-llama-random", "dtype": "fp32", "max_tokens": 500, "epochs": 0.5}
+    whole = AlpacaConfig(**common, batch_size=8).override(["tuning.lora.dropout=0"])
+    halves = AlpacaConfig(**common, batch_size=4).override(["tuning.lora.dropout=0"])
+    _, alone = alpaca.train_alpaca_job(whole, tmp_path / "alone", progress=False)
+    halves.to_yaml(tmp_path / "halves.yaml")
+    text = (tmp_path / "halves.yaml").read_text()
+    (tmp_path / "halves.yaml").write_text("job: alpaca\n" + text)
+    told = launched(["-c", TWICE, "run", "halves.yaml", "--out", "both"], tmp_path)
+    assert told.count("wrote both") == 1
+    both, tuned = RunRecord.load(tmp_path / "both" / "record.json"), alpaca.load_instructed(tmp_path / "both")
+    assert both.details["processes"] == 2 and both.details["steps"] == alone.details["steps"]
+    assert both.details["artefact"] == {"name": tuned.chat.name, "sha256": tuned.sha256}
+    found, wanted = both.scores["validation"], alone.scores["validation"]
+    assert found["start"] == pytest.approx(wanted["start"], abs=2e-4)
+    assert found["loss"] == pytest.approx(wanted["loss"], abs=2e-3) and found["loss"] < found["start"]
     assert not list(tmp_path.glob(".both.checkpoints-*"))
 
 

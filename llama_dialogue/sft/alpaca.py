@@ -8,6 +8,7 @@ __all__ = ['load_instruction_sets', 'InstructedChat', 'load_instructed', 'follow
 # %% ../../nbs/sft/77_alpaca.ipynb #al000004
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,6 +79,11 @@ class InstructedChat:
     sha256: str  # of base and adapter
 
 
+def _sha256(chat: ChatModel, folder: Path) -> str:
+    "Name a base and what was tuned on it."
+    return sha256_text(chat.sha256 + sha256_file(folder / _WEIGHTS))
+
+
 def load_instructed(
     folder: Path | str,  # of `train_alpaca_job`
     chat: ChatModel | None = None,  # the base, stays as it is; None: loaded by its name
@@ -88,7 +94,7 @@ def load_instructed(
     check_made_for(chat, stored["base"]["sha256"], f"llama-dialogue alpaca train --model {chat.name}")
     with seeded_training(0), _no_warnings():
         network = wrap_stored(_copy_model(chat.model), folder, stored["tensors"])
-    sha256 = sha256_text(chat.sha256 + sha256_file(Path(folder) / _WEIGHTS))
+    sha256 = _sha256(chat, Path(folder))
     named = replace(chat, name=f"{chat.name}+{stored['name']}", sha256=sha256)
     model, past = chat.model, ()
     if network.active_peft_config.is_prompt_learning:
@@ -134,12 +140,19 @@ def _card(record: RunRecord) -> str:  # Markdown
     return model_card(record, f"Instructions for {base}", sections, rows, scores, _LIMITS)
 
 
-def _save(folder: Path, network, chat: ChatModel, config: AlpacaConfig) -> None:
+def _new_network(chat: ChatModel, config: AlpacaConfig):
+    "Put what is trained around a copy of a model."
+    network = new_tuned_model(chat, config.tuning)
+    network.get_base_model().set_attn_implementation(config.attention)
+    return network
+
+
+def _save(folder: Path, network, chat: ChatModel, config: AlpacaConfig, weights: dict | None) -> None:
     "Write what was trained into a folder, with peft's own files."
     from peft import get_peft_model_state_dict
 
     about = {"base": {"name": chat.name, "sha256": chat.sha256}, "kind_of_tuning": config.tuning.kind}
-    tensors = get_peft_model_state_dict(network, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(network, weights, save_embedding_layers=False)
     add = functools.partial(save_peft_config, network)
     save_artifact(folder, "instructed", tensors, about, None, _WEIGHTS, add)
 
@@ -150,24 +163,34 @@ def train_alpaca_job(
     records: Path | str | None = None,  # the record goes to records/sft/<name>.json; None: not written
     progress: bool = True,
     chat: ChatModel | None = None,  # the base; None: loaded by name
-) -> tuple[InstructedChat, RunRecord]:
+) -> tuple[InstructedChat | None, RunRecord]:  # one of several processes: None, it has to be loaded
     "Tune a model on instructions, and save it with its card, its config and its record."
     training, out = config.training(), Path(out)
     _check_machine(training)
     check_writable(out.parent)
-    with start_run("sft", config.name, config, config.seed, folder=records, job="alpaca") as record:
+    state = _join_processes()
+    main, alone = state.is_main_process, state.num_processes == 1
+    place = {"folder": records if main else None, "job": "alpaca"}
+    with start_run("sft", config.name, config, config.seed, **place) as record:
         chat = chat or _load_base(training)
         record.add_input("model", chat)
         sets = load_instruction_sets(config, chat.tokenizer)
         record.add_input("data", sets.corpora["data"])
         record.details |= {"data": sets.report, "switched_off": list(config.switched_off)}
-        if config.switched_off and progress:
+        if config.switched_off and progress and main:
             print(f"{' and '.join(config.switched_off)} switched off: not possible with {config.tuning.kind}")
-        make = functools.partial(new_tuned_model, chat, config.tuning)
-        with checkpoint_folder(_checkpoint_home(config, out, record.inputs)) as home:
-            network, _ = _fit(make, chat, sets, training, home, record, progress, _join_processes())
-            _save(out, network, chat, config)
-        instructed = load_instructed(out, chat)
-        record.details["artefact"] = {"name": instructed.chat.name, "sha256": instructed.sha256}
-    _finish(record, config, _card(record), out)
+        make, home = (
+            functools.partial(_new_network, chat, config),
+            _checkpoint_home(config, out, record.inputs),
+        )
+        with checkpoint_folder(home) if main else nullcontext():
+            network, weights = _fit(make, chat, sets, training, home, record, progress and main, state)
+            if main:
+                _save(out, network, chat, config, weights)
+            state.wait_for_everyone()
+        instructed = load_instructed(out, chat) if alone else None
+        name = f"{chat.name}+{out.resolve().name}"
+        record.details["artefact"] = {"name": name, "sha256": _sha256(chat, out)}
+    if main:
+        _finish(record, config, _card(record), out)
     return instructed, record
