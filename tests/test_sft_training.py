@@ -19,6 +19,7 @@ from llama_dialogue.app.cli import main
 from llama_dialogue.core.contexts import _reserves
 from llama_dialogue.core.dialogues import Dialogue, Turn, load_corpus
 from llama_dialogue.core.errors import InputError, MachineError
+from llama_dialogue.core.jobs import check_job
 from llama_dialogue.core.models import load_chat_model, tiny_chat_model
 from llama_dialogue.core.records import RunRecord
 from llama_dialogue.core.targets import EMOTIONS
@@ -498,6 +499,17 @@ def test_early_stopping_keeps_the_best_adapter_and_counts_every_validation_corpu
 def test_early_stopping_without_validations_is_refused():
     with pytest.raises(InputError, match="early_stopping=2 with eval_steps=0"):
         CONFIG.override(["early_stopping=2"])
+
+
+def test_records_are_not_replaced_by_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [output["path"] for output in check_job(SFT, SFTTrainingConfig())["outputs"]]
+    assert paths == ["runs/sft-adapter", "runs/sft/sft.json"]
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="kept: holds other files"):
+        training.train_adapter_job(CONFIG, tmp_path / "kept", progress=False)
+    assert (tmp_path / "kept" / "notes.txt").read_text() == "mine"
 
 
 def launched(command: list, folder: Path, processes: int = 2):

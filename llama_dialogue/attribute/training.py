@@ -31,7 +31,7 @@ from llama_dialogue.attribute.features import (
 )
 from .head import AttributeHead, fit_head
 from .judge import Judge, turn_examples
-from ..core.artifacts import model_card, tensors_sha256
+from ..core.artifacts import artifact_folder, model_card, tensors_sha256
 from llama_dialogue.core.classification import (
     MajorityBaseline,
     TfidfBaseline,
@@ -52,7 +52,7 @@ from llama_dialogue.core.dialogues import (
 from ..core.errors import InputError
 from ..core.fingerprints import Fingerprints
 from ..core.models import ChatModel, load_chat_model, load_encoder
-from ..core.paths import atomic_file, check_writable, sha256_text
+from ..core.paths import atomic_file, sha256_text
 from ..core.records import RunRecord, identity, start_run
 from ..core.statistics import Interval
 from ..core.targets import Target, get_target
@@ -295,7 +295,7 @@ def train_head_job(
     chat: ChatModel | None = None,  # None: loaded by name
 ) -> tuple[AttributeHead, RunRecord]:
     "Train a head, test it beside the baselines, save it with its card."
-    check_writable(Path(out).parent)
+    artifact_folder(out, "head")
     sets, seed = example_sets(config.examples), config.examples.seed
     run = start_run("attribute", config.name, config, seed, {"data": sets.corpus}, folder=records, job="head")
     with run as record:
@@ -343,7 +343,7 @@ def train_judge_job(
     "Train a judge, test it beside the baselines, save it with its card."
     from llama_dialogue.attribute.judge_training import train_judge
 
-    check_writable(Path(out).parent)
+    artifact_folder(out, "judge")
     sets, target = example_sets(config.examples, openings=True), get_target(config.examples.target)
     inputs = {"encoder": _encoder_identity(config.judge.encoder), "data": sets.corpus}
     run = start_run("attribute", config.name, config, config.judge.seed, inputs, folder=records, job="judge")

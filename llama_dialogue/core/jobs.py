@@ -101,7 +101,11 @@ def _folders(job: Job, config, out, records) -> tuple[Path | None, Path]:
         raise InputError(
             f"--out {out}: job {job.name!r} leaves a record alone: need --records, e.g. --records {out}"
         )
-    return (Path(out or f"runs/{_name(job, config)}") if job.artefact else None), Path(records)
+    name = _name(job, config)
+    own = (
+        f"runs/{job.study}-{job.artefact}" if name == job.study else f"runs/{name}"
+    )  # runs/STUDY holds records
+    return (Path(out or own) if job.artefact else None), Path(records)
 
 
 def _outputs(job: Job, config, out, records) -> list[Path]:

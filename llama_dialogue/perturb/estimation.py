@@ -11,9 +11,9 @@ from pathlib import Path
 from ..attribute.defaults import cached_default, default_examples
 from ..attribute.head import AttributeHead
 from ..compare.plain_methods import HEAD
+from ..core.artifacts import artifact_folder
 from ..core.dialogues import Corpus, Dialogue, load_corpus, make_examples, select_share
 from ..core.models import ChatModel, load_chat_model
-from ..core.paths import check_writable
 from ..core.records import RunRecord, start_run
 from ..core.targets import Target, get_target
 from .configs import FitOffsetsConfig, FitVectorsConfig
@@ -37,7 +37,7 @@ def fit_vectors(
     chat: ChatModel | None = None,  # None: loaded by name
 ) -> tuple[SteeringVectors, RunRecord]:
     "Estimate steering vectors of all layers from labelled replies."
-    check_writable(Path(out).parent)
+    artifact_folder(out, "vectors")
     corpus, dialogues = _dialogues(config)
     target = get_target(config.target)
     examples = [e for e in make_examples(dialogues, all_turns=True) if target.label(e.reply) is not None]
@@ -65,7 +65,7 @@ def fit_offsets(
     head: AttributeHead | None = None,  # None: the one of the config
 ) -> tuple[Offsets, RunRecord]:
     "Run PPLM on contexts of the corpus and average what it did."
-    check_writable(Path(out).parent)
+    artifact_folder(out, "offsets")
     corpus, dialogues = _dialogues(config)
     free = {e.dialogue_id: e for e in make_examples(dialogues) if len(e.context) <= config.max_context}
     contexts = [example.context for example in free.values()]

@@ -12,12 +12,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core.artifacts import check_made_for, load_artifact, model_card, save_artifact
+from llama_dialogue.core.artifacts import (
+    artifact_folder,
+    check_made_for,
+    load_artifact,
+    model_card,
+    save_artifact,
+)
 from ..core.errors import InputError
 from ..core.generation import Past, generate
 from ..core.generation_config import GenerationConfig
 from ..core.models import ChatModel, load_chat_model
-from ..core.paths import check_writable, sha256_file, sha256_text
+from ..core.paths import sha256_file, sha256_text
 from ..core.records import RunRecord, start_run
 from ..core.training import checkpoint_folder, seeded_training
 from .adapters import _WEIGHTS, _copy_model, _no_warnings, save_peft_config, wrap_stored
@@ -165,9 +171,8 @@ def train_alpaca_job(
     chat: ChatModel | None = None,  # the base; None: loaded by name
 ) -> tuple[InstructedChat | None, RunRecord]:  # one of several processes: None, it has to be loaded
     "Tune a model on instructions, and save it with its card, its config and its record."
-    training, out = config.training(), Path(out)
+    training, out = config.training(), artifact_folder(out, "instructed")
     _check_machine(training)
-    check_writable(out.parent)
     state = _join_processes()
     main, alone = state.is_main_process, state.num_processes == 1
     place = {"folder": records if main else None, "job": "alpaca"}

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from ..core.artifacts import model_card
+from ..core.artifacts import artifact_folder, model_card
 from ..core.config import Config
 from ..core.errors import InputError, MachineError
 from ..core.fingerprints import Fingerprints
@@ -524,7 +524,7 @@ def train_adapter_job(
 ) -> tuple[TaggedChat | None, RunRecord]:  # one of several processes: None, it has to be loaded
     "Train an adapter, save it with its card, its config and its record."
     _check_machine(config)
-    check_writable(Path(out).parent)
+    artifact_folder(out, "adapter")
     state = _join_processes()
     main, alone, out = state.is_main_process, state.num_processes == 1, Path(out)
     place = {"folder": records if main else None, "job": "sft"}
