@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -14,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import make_head, make_judge
+from tqdm import tqdm
 
 from llama_dialogue.attribute.features import encode_replies
 from llama_dialogue.attribute.judge import Judge
@@ -230,6 +232,7 @@ def hears_ctrl_c():
 def run_alone(config, out, inputs):
     """Run a grid in a process of its own, on one thread: those of the parent are not there."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # the parent's is shared with it, and would stay locked if it is killed
     run_grid(config, out, progress=False, inputs=inputs)
 
 
