@@ -556,6 +556,7 @@ def test_two_processes_end_as_one_with_the_same_batches(tmp_path):
         torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
     tuned = adapters.load_adapter(tmp_path / "both")
     assert both.details["artefact"] == {"name": tuned.name, "sha256": tuned.sha256}
+    assert not list(tmp_path.glob(".both.checkpoints-*"))
 
 
 def test_two_processes_tune_on_instructions_as_one(tmp_path):

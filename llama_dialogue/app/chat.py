@@ -264,9 +264,7 @@ def _want(session: ChatSession, wanted: str, target: str) -> str:
     return session.want(target, wanted)
 
 
-def commands() -> dict[
-    str, tuple[Callable, str, str]
-]:  # name -> function, its argument ("": none), what it does
+def commands() -> dict[str, tuple[Callable, str, str]]:  # name -> function, its argument, what it does
     "List the slash commands."
     wants = {
         name: (

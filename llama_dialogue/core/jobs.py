@@ -102,10 +102,8 @@ def _folders(job: Job, config, out, records) -> tuple[Path | None, Path]:
             f"--out {out}: job {job.name!r} leaves a record alone: need --records, e.g. --records {out}"
         )
     name = _name(job, config)
-    own = (
-        f"runs/{job.study}-{job.artefact}" if name == job.study else f"runs/{name}"
-    )  # runs/STUDY holds records
-    return (Path(out or own) if job.artefact else None), Path(records)
+    made = f"{job.study}-{job.artefact}" if name == job.study else name  # runs/STUDY holds records
+    return (Path(out or f"runs/{made}") if job.artefact else None), Path(records)
 
 
 def _outputs(job: Job, config, out, records) -> list[Path]:

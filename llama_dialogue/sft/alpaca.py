@@ -8,7 +8,6 @@ __all__ = ['load_instruction_sets', 'InstructedChat', 'load_instructed', 'follow
 # %% ../../nbs/sft/77_alpaca.ipynb #al000004
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ..core.generation_config import GenerationConfig
 from ..core.models import ChatModel, load_chat_model
 from ..core.paths import sha256_file, sha256_text
 from ..core.records import RunRecord, start_run
-from ..core.training import checkpoint_folder, seeded_training
+from ..core.training import seeded_training
 from .adapters import _WEIGHTS, _copy_model, _no_warnings, save_peft_config, wrap_stored
 from .alpaca_configs import AlpacaConfig
 from .data import SequenceSets, _tokens
@@ -41,7 +40,7 @@ from llama_dialogue.sft.training import (
     _check_machine,
     _checkpoint_home,
     _finish,
-    _fit,
+    _fit_and_save,
     _join_processes,
     _load_base,
 )
@@ -184,15 +183,12 @@ def train_alpaca_job(
         record.details |= {"data": sets.report, "switched_off": list(config.switched_off)}
         if config.switched_off and progress and main:
             print(f"{' and '.join(config.switched_off)} switched off: not possible with {config.tuning.kind}")
-        make, home = (
+        home = _checkpoint_home(config, out, record.inputs)
+        _fit_and_save(
             functools.partial(_new_network, chat, config),
-            _checkpoint_home(config, out, record.inputs),
+            lambda network, weights: _save(out, network, chat, config, weights),
+            *(chat, sets, training, home, record, progress, state),
         )
-        with checkpoint_folder(home) if main else nullcontext():
-            network, weights = _fit(make, chat, sets, training, home, record, progress and main, state)
-            if main:
-                _save(out, network, chat, config, weights)
-            state.wait_for_everyone()
         instructed = load_instructed(out, chat) if alone else None
         name = f"{chat.name}+{out.resolve().name}"
         record.details["artefact"] = {"name": name, "sha256": _sha256(chat, out)}

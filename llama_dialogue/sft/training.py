@@ -540,19 +540,39 @@ def train_adapter_job(
             record.add_input(role, corpus)
         record.details |= {"data": sets.report}
         home = _checkpoint_home(config, out, record.inputs)
-        with checkpoint_folder(home) if main else nullcontext():
-            make = functools.partial(new_adapter, tagged, config.template, config.target, config.adapter)
-            network, weights = _fit(make, tagged, sets, config, home, record, progress and main, state)
-            if main:
-                how = (config.template, config.target, config.system, Fingerprints.of(sets.replies))
-                save_adapter(out, network, tagged, *how, weights)
-            state.wait_for_everyone()
+        how = (config.template, config.target, config.system, Fingerprints.of(sets.replies))
+        make = functools.partial(new_adapter, tagged, config.template, config.target, config.adapter)
+        _fit_and_save(
+            make,
+            lambda network, weights: save_adapter(out, network, tagged, *how, weights),
+            *(tagged, sets, config, home, record, progress, state),
+        )
         tuned = load_adapter(out, chat) if alone else None
         sha256 = sha256_text(tagged.sha256 + adapter_sha256(out))
         record.details["artefact"] = {"name": f"{tagged.name}+{out.resolve().name}", "sha256": sha256}
     if main:
         _finish(record, config, adapter_card(record), out)
     return tuned, record
+
+
+def _fit_and_save(
+    make: Callable,  # as for `_fit`
+    save: Callable,  # takes the network and its weights; called in the main process
+    chat: ChatModel,
+    sets: SequenceSets,
+    config: SFTTrainingConfig,
+    home: Path,
+    record: RunRecord,
+    progress: bool,
+    state: PartialState,
+) -> None:
+    "Train, save what was trained, then drop the checkpoints."
+    main = state.is_main_process
+    with checkpoint_folder(home) if main else nullcontext():
+        network, weights = _fit(make, chat, sets, config, home, record, progress and main, state)
+        if main:
+            save(network, weights)
+        state.wait_for_everyone()
 
 
 def _fit(
