@@ -19,6 +19,7 @@ from llama_dialogue.app.cli import main
 from llama_dialogue.core.contexts import _reserves
 from llama_dialogue.core.dialogues import Dialogue, Turn, load_corpus
 from llama_dialogue.core.errors import InputError, MachineError
+from llama_dialogue.core.generation import stop_token_ids
 from llama_dialogue.core.jobs import check_job
 from llama_dialogue.core.models import load_chat_model, tiny_chat_model
 from llama_dialogue.core.records import RunRecord
@@ -34,7 +35,8 @@ from llama_dialogue.sft.configs import (
     SFTSweepConfig,
     SFTTrainingConfig,
 )
-from llama_dialogue.sft.templates import TEMPLATES, add_tag_tokens, render_prompt
+from llama_dialogue.sft.mask import check_template
+from llama_dialogue.sft.templates import TEMPLATES, TagTemplate, add_tag_tokens, render_prompt
 
 CONFIG = SFTTrainingConfig(
     model="tiny-llama-random",
@@ -404,6 +406,7 @@ def test_a_half_written_checkpoint_is_named_and_left_out(whole, killed, tmp_path
     (_, weights), (out, checkpoints) = whole, left_by(killed, tmp_path)
     stored = (checkpoints[-1] / "adapter_model.safetensors").read_bytes()
     (checkpoints[-1] / "adapter_model.safetensors").write_bytes(stored[: len(stored) // 2])
+    shutil.copytree(checkpoints[-1], checkpoints[-1].with_name(f"half-written-{checkpoints[-1].name}"))
     _, again = training.train_adapter_job(CONFIG, out, progress=False)
     told = capsys.readouterr().err
     assert f"{checkpoints[-1].name}: half-written (adapter_model.safetensors): left out" in told
@@ -453,6 +456,55 @@ def test_what_cannot_be_done_is_one_line(change, told, tmp_path):
     with pytest.raises(InputError, match=told):
         training.train_adapter_job(CONFIG.override([change]), tmp_path / "tuned", progress=False)
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_training_refuses_a_template_that_trains_the_wrong_tokens(tmp_path, monkeypatch):
+    user = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% else %}"
+    reply = "[EMOTION] {{ m.label }} [/EMOTION]{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    prompt = "{% if add_generation_prompt %}[EMOTION] {{ label }} [/EMOTION]{% endif %}"
+    chat = f"{user}{reply}{{% endif %}}{{% endfor %}}{prompt}"
+    mine = TagTemplate("mine", "", "", ("[EMOTION]", "[/EMOTION]"), chat=chat)
+    monkeypatch.setitem(TEMPLATES, "mine", mine)
+    with pytest.raises(InputError, match="the stop token is outside"):
+        training.train_adapter_job(CONFIG.override(["template=mine"]), tmp_path / "tuned", progress=False)
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_the_learned_stop_token_must_be_one_that_ends_a_reply(tiny):
+    tagged = adapters.add_tags(tiny, "out_inst_uni")
+    stops = stop_token_ids(tagged.model, tagged.tokenizer)
+    check_template(tagged.tokenizer, "out_inst_uni", "emotion", stops)
+    with pytest.raises(InputError, match="the stop token is outside"):
+        check_template(tagged.tokenizer, "out_inst_uni", "emotion", [tagged.tokenizer.bos_token_id])
+
+
+def test_the_sample_corpus_is_added(tmp_path):
+    own = tmp_path / "own.jsonl"
+    turns = [{"text": text, "emotion": "no_emotion"} for text in ("Is it open?", "Yes.", "Good.", "See you.")]
+    lines = [{"turns": turns, "split": split} for split in ("train", "validation")]
+    own.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    of = {"data": str(own), "shares": ["head", "judge", "steer"], "oversample": 0.0, "portion": 0.02}
+    tokenizer = add_tag_tokens(tiny_chat_model().tokenizer, "out_inst_uni")
+    plain, more = (
+        data.load_sequences(SFTTrainingConfig.from_dict({"data": of | {"add_sample": added}}), tokenizer)
+        for added in (False, True)
+    )
+    assert set(plain.corpora) == {"data"} and set(more.corpora) == {"data", "sample"}
+    added = more.report["dialogues"]["train"] - plain.report["dialogues"]["train"]
+    assert plain.report["dialogues"] == {"train": 1, "validation": 1} and added > 10
+    assert more.report["dialogues"]["validation"] == 1
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed-zero2", "deepspeed-zero3", "two-cpu-processes"])
+def test_accelerate_reads_the_launch_files(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = Path(__file__).parents[1] / "configs" / "accelerate"
+    found = load_config_from_file(str(folder / f"{name}.yaml"))
+    kind = {"fsdp": "FSDP", "two-cpu-processes": "MULTI_GPU"}.get(name, "DEEPSPEED")
+    assert (
+        found.num_processes == 2 and getattr(found.distributed_type, "value", found.distributed_type) == kind
+    )
 
 
 def test_out_of_memory_says_what_it_needs_and_what_to_lower(tiny):

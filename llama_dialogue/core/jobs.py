@@ -9,7 +9,6 @@ __all__ = ['Job', 'run_job', 'Command', 'Group', 'job_options']
 import dataclasses
 import json
 import pkgutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from .errors import InputError, MachineError, nearest
+from .errors import InputError, MachineError, is_out_of_memory, nearest
 from .paths import find_corpus, is_main_process
 from .plugins import Plugin, list_plugins
 from .registry import find_model
@@ -215,11 +214,6 @@ def _fail(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
-def _memory_errors() -> tuple[type, ...]:
-    "List what is raised where memory runs out."
-    return (MemoryError, sys.modules["torch"].OutOfMemoryError) if "torch" in sys.modules else (MemoryError,)
-
-
 @contextmanager
 def _one_line() -> Iterator[None]:
     "Turn what a user or a machine can cause into one line and an exit code."
@@ -238,8 +232,10 @@ def _one_line() -> Iterator[None]:
         _fail(str(error), 2)
     except MachineError as error:
         _fail(str(error).splitlines()[0], 1)
-    except _memory_errors():
-        _fail("out of memory: use a smaller model or batch, e.g. --set batch_size=8", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail("out of memory: need more of it, a smaller model, or smaller or shorter batches", 1)
     except OSError as error:
         if error.errno is None:
             raise

@@ -29,9 +29,9 @@ def _portion(of) -> str:
 def _training_work(config) -> str:
     "Say what is trained on."
     of = config.data
-    much = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
+    much = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}"
     return (
-        f"{much} of {config.batch_size * config.accumulation} sequences: LoRA of rank {config.adapter.rank} on "
+        f"{much} in batches of {config.batch_size * config.accumulation} sequences: LoRA of rank {config.adapter.rank} on "
         f"{config.model}, {_portion(of)}the {' and '.join(of.shares)} training dialogues of {of.data}"
         + (" and the sample corpus" if of.add_sample else "")
     )
@@ -41,9 +41,10 @@ def _show_training(result) -> str:
     "Sum up a training in two lines."
     record = next(part for part in result if hasattr(part, "study"))
     details, held = record.details, record.scores["validation"]
+    peak = record.peak_gpu_memory_mb or record.peak_memory_mb
     return (
         f"{details['steps']} steps, {details['timed']['loss_tokens']:,} loss tokens, "
-        f"{record.tokens_per_second:,.0f} of them a second, {record.peak_memory_mb:,.0f} MiB at most\n"
+        f"{record.tokens_per_second:,.0f} of them a second, {peak:,.0f} MiB at most\n"
         f"validation loss {held['start']:.3f} before, {held['loss']:.3f} after"
     )
 
@@ -129,7 +130,12 @@ def _evaluation_work(config) -> str:
     tests, classes = [], len(get_target(config.target).classes)
     if "reference" in config.tests:
         some = f"{config.reference.n}" if config.reference.n else "all"
-        tests.append(f"{some} replies that are not neutral and as many neutral ones, towards their classes")
+        kinds = (
+            " that are not neutral and as many neutral ones"
+            if _NEUTRAL in get_target(config.target).classes
+            else ""
+        )
+        tests.append(f"{some} replies{kinds}, towards their classes")
     if "every" in config.tests:
         tests.append(f"{config.every.n} contexts x {classes} classes")
     if "likelihood" in config.tests:
@@ -138,6 +144,7 @@ def _evaluation_work(config) -> str:
     return f"{number}: {'; '.join(tests)}; up to {config.decoding.max_new_tokens} tokens"
 
 
+_NEUTRAL = "no_emotion"
 _COLUMNS = {
     "reference": ("reference", "accuracy"),
     "macro-F1": ("reference", "macro_f1"),
@@ -163,6 +170,8 @@ def _show_evaluation(result) -> str:
     kept = [name for name in rows[0] if any(row[name] for row in rows)]
     table = format_table([{name: row[name] for name in kept} for row in rows])
     reachable = ", ".join(record.details["reachable"]) or "none"
+    if "human" not in record.scores:
+        reachable = "not measured without the test `reference`, so every class counts"
     return f"{table}\nreachable: {reachable}; 95% intervals, dialogues resampled"
 
 

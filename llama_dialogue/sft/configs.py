@@ -21,14 +21,15 @@ def _in_range(
     low: float,
     high: float,  # itself allowed
     *names: str,  # of fields
+    example: float | None = None,  # a number that works; None: near the low end
 ) -> None:
     "Refuse numbers outside an interval."
     for name in names:
         if not low <= getattr(config, name) <= high:
             most = "" if high == float("inf") else f" <= {high:g}"
-            example = low + 1 if high > low + 1 else high
+            works = example or (low + 1 if high > low + 1 else high)
             raise InputError(
-                f"{name}={getattr(config, name)}: need {low:g} <= {name}{most}, e.g. {name}={example:g}"
+                f"{name}={getattr(config, name)}: need {low:g} <= {name}{most}, e.g. {name}={works:g}"
             )
 
 
@@ -53,7 +54,7 @@ class SFTDataConfig(Config):
         if not self.shares:
             raise InputError("shares=(): need at least one, e.g. ['head', 'steer']")
         _in_range(self, 1, float("inf"), "max_repeats")
-        _in_range(self, 8, float("inf"), "max_tokens")
+        _in_range(self, 8, float("inf"), "max_tokens", example=512)
         _in_range(self, 0, float("inf"), "max_validation")
         _in_range(self, 0, 1, "oversample")
         if self.add_sample and self.data == "sample":
@@ -144,9 +145,9 @@ class SFTTrainingConfig(Config):
                 f"early_stopping={self.early_stopping} with eval_steps=0: need validations, e.g. eval_steps=50"
             )
         _in_range(self, 0, 1, "warmup")
-        for name in ("epochs", "learning_rate"):
+        for name, works in (("epochs", "1"), ("learning_rate", "2e-4")):
             if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)}: need {name} > 0, e.g. {name}=1e-4")
+                raise InputError(f"{name}={getattr(self, name)}: need {name} > 0, e.g. {name}={works}")
 
 # %% ../../nbs/sft/05_configs.ipynb #sc000017
 def differing_keys(

@@ -107,6 +107,7 @@ def sweep_adapters_job(
             "computed": done.computed,
         }
         record.details["training_seconds"] = round(rows.seconds.sum(), 1)
+        record.tokens_per_second = round(float(rows["tokens/s"].median()), 1)
     return record
 
 # %% ../../nbs/sft/70_sweep.ipynb #sw000013

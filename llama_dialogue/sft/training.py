@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import math
+import shutil
 import sys
 import time
 import types
@@ -29,9 +30,10 @@ from torch.utils.data import Sampler
 
 from ..core.artifacts import artifact_folder, model_card
 from ..core.config import Config
-from ..core.errors import InputError, MachineError
+from ..core.errors import InputError, MachineError, is_out_of_memory
 from ..core.fingerprints import Fingerprints
-from ..core.models import ChatModel, choose_device, choose_dtype, load_chat_model
+from ..core.generation import stop_token_ids
+from ..core.models import DTYPES, ChatModel, choose_device, choose_dtype, load_chat_model
 from ..core.paths import atomic_file, check_writable, sha256_text
 from ..core.records import RunRecord, start_run
 from llama_dialogue.core.training import (
@@ -411,7 +413,9 @@ def _set_faulty_aside(home: Path) -> list[Path]:  # whole checkpoints, oldest fi
         if fault := checkpoint_fault(path):
             before = f"going on from {whole[-1].name}" if whole else "beginning anew"
             print(f"{path}: half-written ({fault}): left out, {before}", file=sys.stderr)
-            path.rename(path.with_name(f"half-written-{path.name}"))
+            aside = path.with_name(f"half-written-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # an older one of the same step
+            path.rename(aside)
         else:
             whole.append(path)
     return whole
@@ -487,13 +491,15 @@ def _memory_faults(config: SFTTrainingConfig, tokens: int, model: nn.Module) -> 
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "not enough memory" not in text:
+        if not is_out_of_memory(error):
             raise
         asked = f" ({text.splitlines()[0][:120]})" if text else ""
+        own = next((name for name, dtype in DTYPES.items() if dtype == model.dtype), config.dtype)
+        config = config.override([f"dtype={own}"])
         need = training_memory(model_shape(model), config, tokens)["peak"]
         raise MachineError(
             f"out of memory at {config.batch_size} sequences of up to {tokens} tokens{asked}: by the model's shapes "
-            f"it needs {need:.1f} GiB beside the program; checkpoints are kept: try "
+            f"it needs {need:.1f} GiB beside the program: with another config the run begins anew: try "
             f"{', or '.join(_lower_needs(config, tokens, model))}"
         ) from error
 
@@ -534,7 +540,8 @@ def train_adapter_job(
         tagged = add_tags(chat, config.template, config.target)
         chat = chat if alone else None
         tagged.model.set_attn_implementation(config.attention)
-        check_template(tagged.tokenizer, config.template, config.target)
+        stops = stop_token_ids(tagged.model, tagged.tokenizer)
+        check_template(tagged.tokenizer, config.template, config.target, stops)
         sets = load_sequences(config, tagged.tokenizer)
         for role, corpus in sets.corpora.items():
             record.add_input(role, corpus)
@@ -588,7 +595,7 @@ def _fit(
     "Train from the beginning or from the last whole checkpoint, and note what happened."
     with state.main_process_first():
         whole = _set_faulty_aside(home)
-    longest = max(len(row["input_ids"]) for row in sets.train)
+    longest = config.data.max_tokens if config.packing else max(len(row["input_ids"]) for row in sets.train)
     with seeded_training(config.seed), _no_warnings(), _memory_faults(config, longest, chat.model):
         network = make()
         trainer = make_trainer(network, chat, sets, config, home)
@@ -641,6 +648,7 @@ def adapter_card(
 ) -> str:  # Markdown
     "Describe a trained adapter."
     config, details = SFTTrainingConfig.from_dict(record.config), record.details
+    folder = f"runs/{details['artefact']['name'].rpartition('+')[2]}"
     base, held = record.inputs["model"]["name"], details["data"]["dialogues"]["validation"]
     tags = ", ".join(f"`{tag}`" for tag in tag_tokens(config.template, config.target)) or "none"
     told, kind = f"whose replies follow the {config.target} that a tag names", config.target
@@ -648,7 +656,7 @@ def adapter_card(
         told, kind = f"that replies as the speakers of {config.data.data} do", "reply"
     sections = [
         f"A LoRA adapter of `{base}` {told}. Template `{config.template}`, tags {tags}.",
-        f"```python\nfrom llama_dialogue.sft import load_adapter\n\ntuned = load_adapter({record.name!r})\n```",
+        f"```python\nfrom llama_dialogue.sft import load_adapter\n\ntuned = load_adapter({folder!r})\n```",
         f"Loss in nats per learned token on {held} validation dialogues, before the training (start) and after.",
     ]
     rows, scores = {"validation": "validation"}, ("start", "loss", "perplexity")
