@@ -315,7 +315,8 @@ def _score_all(
             continue
         for model in [*items, *([HUMAN] if (part.test, part.seed) == ("reference", first) else [])]:
             made = [e.id for e, _ in part.rows] if model == HUMAN else items[model][number].key
-            key = item_key(made, part.test, model, *scorer.depends)
+            rewritten = ["tokenized again"] * (model in scorer.foreign)
+            key = item_key(made, part.test, model, *scorer.depends, *rewritten)
             todo.append(WorkItem({"model": model}, number, part.seed, key))
     run_items(
         todo, _ScoreWork(scorer, parts, items, out), out / "scored", progress="scoring" if progress else ""
@@ -568,7 +569,7 @@ def _scored(config, sets, judge, candidates, items, shas, record, out, progress)
     reader = load_chat_model(config.reader or candidates[0].base, "fp32")
     record.add_input("judge", judge)
     record.add_input("reader", reader)
-    foreign = [label for label, sha256 in shas.items() if sha256 != reader.sha256]
+    foreign = [c.label for c in candidates if c.adapter or shas[c.label] != reader.sha256]
     rows = _score_all(
         config, sets, _Scorer(sets, judge, reader, config.system, foreign), items, out, progress
     )
