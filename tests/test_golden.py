@@ -31,6 +31,7 @@ from llama_dialogue.compare.methods import (
 from llama_dialogue.compare.report import compare_cells
 from llama_dialogue.compare.scored import ScoredGrid
 from llama_dialogue.compare.scores import GridContexts, ReplyScorer, human_replies
+from llama_dialogue.core import generation
 from llama_dialogue.core.dialogues import Example, Turn
 from llama_dialogue.core.generation import count_forward_equivalents, derive_seed
 from llama_dialogue.core.migration import cell_label
@@ -52,7 +53,6 @@ EXAMPLES = {
     name: Example(e["dialogue_id"], tuple(Turn(text) for text in e["context"]), Turn(e["reply"], e["act"]))
     for name, e in GOLDEN["examples"].items()
 }
-PLAIN = ("none", "prompt", "best_of_n", "prompt_best_of_n")  # today they read what prompts share once
 OPTIONS = {  # name of then -> where it stands today
     **{name: f"pplm.{name}" for name in ("layers", "step_size", "num_iterations", "gm_scale", "kl_scale")},
     **{
@@ -112,8 +112,22 @@ def test_models_prompts_and_inputs(name):
             assert [inputs.get(need).sha256 for need in needs] == [sha256] * len(needs), method
 
 
-def check(case):
-    """Steer again and compare token for token."""
+def check(case, monkeypatch):
+    """Steer again and compare token for token, and pass for pass if each prompt is read whole, as it was then."""
+    forwards = steer_again(case)
+    if forwards < case["forwards"] - 1e-3:  # prompts that begin alike were read once
+        monkeypatch.setattr(generation, "_shared_starts", each_alone)
+        forwards = steer_again(case)
+    assert forwards == pytest.approx(case["forwards"], abs=1e-3)
+
+
+def each_alone(rows):
+    """Find nothing that prompts share."""
+    return [row[:-1] for row in rows], list(range(len(rows)))
+
+
+def steer_again(case):
+    """Steer, compare the replies, and count the forward equivalents."""
     chat, inputs = load(case["model"])
     contexts = [EXAMPLES[name].context for name in case["examples"]]
     ids = [EXAMPLES[name].dialogue_id for name in case["examples"]]
@@ -124,20 +138,18 @@ def check(case):
         out = steer(case["method"], chat, contexts, case["acts"], inputs, config, seeds=seeds)
     for name in ("token_ids", "replies", "stopped", "failed"):
         assert getattr(out, name) == case[name], name
-    assert count.forward_equivalents <= case["forwards"] + 1e-3
-    if case["method"] not in PLAIN:
-        assert count.forward_equivalents == pytest.approx(case["forwards"], abs=1e-3)
+    return count.forward_equivalents
 
 
 @pytest.mark.parametrize("case", [case["id"] for case in GOLDEN["cases"]])
-def test_the_same_seeds_give_the_same_replies(case):
-    check(CASES[case])
+def test_the_same_seeds_give_the_same_replies(case, monkeypatch):
+    check(CASES[case], monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case["id"] for case in SLOW["cases"]])
-def test_more_replies(case):
-    check(CASES[case])
+def test_more_replies(case, monkeypatch):
+    check(CASES[case], monkeypatch)
 
 
 def test_seeds():

@@ -31,7 +31,7 @@ from ..core.dialogues import Example, load_corpus
 from ..core.errors import InputError
 from ..core.generation import count_forward_equivalents, derive_seed
 from ..core.grid import GridSummary, WorkItem, check_engine, item_key, run_items
-from ..core.models import DTYPES, ChatModel, load_chat_model
+from ..core.models import ChatModel, dtype_name, load_chat_model
 from ..core.paths import atomic_file, check_writable
 from ..core.records import git_commit, identity, machine, package_versions
 from ..core.targets import Target, get_target
@@ -163,7 +163,7 @@ def _load_cells(
         model, given = loaded[key]
         method, options = get_method(cell.method), cell.steering.options
         check_inputs(method, model, given, target.classes, options)
-        dtype = next(name for name, kind in DTYPES.items() if kind == model.dtype)
+        dtype = dtype_name(model.dtype)
         kept = model if keep_chat else None
         found[cell.label] = _Loaded(cell.model, dtype, cell.adapter, model.sha256, given, kept)
     return found

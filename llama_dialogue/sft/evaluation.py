@@ -33,21 +33,18 @@ from ..core.dialogues import Corpus, Example, load_corpus, make_examples
 from ..core.errors import InputError
 from ..core.grid import WorkItem, item_key, read_part, run_items
 from ..core.metrics import PromptReader, distinct_interval, perplexity
-from ..core.models import DTYPES, ChatModel, load_chat_model
+from ..core.models import ChatModel, dtype_name, load_chat_model
 from ..core.paths import check_writable, sha256_text
 from ..core.records import RunRecord, save_rows, start_run
 from ..core.statistics import Interval, bootstrap_interval, rate_interval
 from ..core.targets import Target, get_target
 from ..prompting.ai_talk import is_ai_talk
 from ..prompting.prompts import build_prompt
-from .evaluation_config import SFTEvaluationConfig, is_adapter, model_labels
+from .evaluation_config import NEUTRAL, SFTEvaluationConfig, is_adapter, model_labels
 from .method import Adapter
 from .tag_likelihood import class_rates, compare_hits, tag_likelihoods, tag_scores
 
 # %% ../../nbs/sft/60_evaluation.ipynb #se600007
-_NEUTRAL = "no_emotion"
-
-
 @dataclass(frozen=True)
 class EvaluationSets:
     "What is replied to, and how often each class is there by nature."
@@ -80,8 +77,8 @@ def evaluation_sets(
     corpus, target = load_corpus(config.data, config.split), get_target(config.target)
     own = _eligible(config, corpus, target)
     counts = Counter(target.label(e.reply) for e in own)
-    felt = [e for e in own if target.label(e.reply) != _NEUTRAL][: config.reference.n or None]
-    neutral = [e for e in own if target.label(e.reply) == _NEUTRAL][: len(felt)]
+    felt = [e for e in own if target.label(e.reply) != NEUTRAL][: config.reference.n or None]
+    neutral = [e for e in own if target.label(e.reply) == NEUTRAL][: len(felt)]
     every = []
     if "every" in config.tests:
         drawn = (config.every.n, config.max_context, config.seed)
@@ -220,7 +217,7 @@ def _run_model(
     parts, adapter = _parts(config, sets), candidate.adapter
     steering = SteeringConfig(config.system, config.decoding)
     cell = Cell(candidate.label, candidate.method, steering, candidate.base)
-    dtype = next(name for name, kind in DTYPES.items() if kind == chat.dtype)
+    dtype = dtype_name(chat.dtype)
     loaded = _Loaded(candidate.base, dtype, None, chat.sha256, candidate.inputs, chat)
     steer = SteerShard(sets.target, tuple(p.rows for p in parts), {cell.label: cell}, {cell.label: loaded})
     depends = [

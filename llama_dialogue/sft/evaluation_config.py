@@ -19,6 +19,7 @@ from ..prompting.prompts import SYSTEM_PROMPTS
 
 # %% ../../nbs/sft/58_evaluation_config.ipynb #se580007
 TESTS = ("reference", "every", "likelihood")
+NEUTRAL = "no_emotion"  # the class of which a test takes no more than of all others
 _OWN_ROWS = ("human", "majority")  # of the scores, beside the models
 
 

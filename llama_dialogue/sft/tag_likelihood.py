@@ -8,6 +8,7 @@ __all__ = ['tag_likelihoods', 'tag_scores', 'class_rates', 'compare_hits']
 # %% ../../nbs/sft/55_tag_likelihood.ipynb #se550004
 from collections.abc import Sequence
 from dataclasses import replace
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,12 +56,6 @@ def _under(
     return found.input_ids[:start], found.input_ids[start:end]
 
 # %% ../../nbs/sft/55_tag_likelihood.ipynb #se550010
-def _common_start(rows: Sequence[Sequence[int]]) -> int:
-    "Count the tokens that rows begin with together, at most all but one of the shortest."
-    short = min(map(len, rows)) - 1
-    return next((i for i in range(short) if len({row[i] for row in rows}) > 1), short)
-
-
 def tag_likelihoods(
     model: "TaggedChat | ChatModel",  # a tuned model, or a base model, which gets the class in words
     examples: Sequence[Example],  # N, every turn with a label
@@ -78,7 +73,7 @@ def tag_likelihoods(
             part, rows = examples[start : start + _AT_ONCE], []
             for example in part:
                 pairs = [_under(model, example, label, target, system) for label in target.classes]
-                cut = _common_start([prompt for prompt, _ in pairs])
+                cut = len(commonprefix([prompt[:-1] for prompt, _ in pairs]))
                 rows += [(tuple(p[:cut]), [*p[cut:], *reply], len(p) - cut) for p, reply in pairs]
             nll, _ = reader.score(*zip(*rows, strict=True))
             found[start : start + len(part)] = -nll.reshape(len(part), -1)

@@ -33,7 +33,7 @@ from ..core.config import Config
 from ..core.errors import InputError, MachineError, is_out_of_memory
 from ..core.fingerprints import Fingerprints
 from ..core.generation import stop_token_ids
-from ..core.models import DTYPES, ChatModel, choose_device, choose_dtype, load_chat_model
+from ..core.models import ChatModel, choose_device, choose_dtype, dtype_name, load_chat_model
 from ..core.paths import atomic_file, check_writable, sha256_text
 from ..core.records import RunRecord, start_run
 from llama_dialogue.core.training import (
@@ -494,8 +494,7 @@ def _memory_faults(config: SFTTrainingConfig, tokens: int, model: nn.Module) -> 
         if not is_out_of_memory(error):
             raise
         asked = f" ({text.splitlines()[0][:120]})" if text else ""
-        own = next((name for name, dtype in DTYPES.items() if dtype == model.dtype), config.dtype)
-        config = config.override([f"dtype={own}"])
+        config = config.override([f"dtype={dtype_name(model.dtype)}"])
         need = training_memory(model_shape(model), config, tokens)["peak"]
         raise MachineError(
             f"out of memory at {config.batch_size} sequences of up to {tokens} tokens{asked}: by the model's shapes "
@@ -549,7 +548,7 @@ def train_adapter_job(
         home = _checkpoint_home(config, out, record.inputs)
         how = (config.template, config.target, config.system, Fingerprints.of(sets.replies))
         make = functools.partial(new_adapter, tagged, config.template, config.target, config.adapter)
-        _fit_and_save(
+        _fit(
             make,
             lambda network, weights: save_adapter(out, network, tagged, *how, weights),
             *(tagged, sets, config, home, record, progress, state),
@@ -562,9 +561,9 @@ def train_adapter_job(
     return tuned, record
 
 
-def _fit_and_save(
-    make: Callable,  # as for `_fit`
-    save: Callable,  # takes the network and its weights; called in the main process
+def _fit(
+    make: Callable,  # gives the network with what is trained; its weights depend on torch's seed
+    save: Callable,  # takes the network, and its weights if they are shared out; called in the main process
     chat: ChatModel,
     sets: SequenceSets,
     config: SFTTrainingConfig,
@@ -573,45 +572,32 @@ def _fit_and_save(
     progress: bool,
     state: PartialState,
 ) -> None:
-    "Train, save what was trained, then drop the checkpoints."
+    "Train from the beginning or from the last whole checkpoint, note what happened, save, drop the checkpoints."
     main = state.is_main_process
     with checkpoint_folder(home) if main else nullcontext():
-        network, weights = _fit(make, chat, sets, config, home, record, progress and main, state)
+        with state.main_process_first():
+            whole = _set_faulty_aside(home)
+        longest = (
+            config.data.max_tokens if config.packing else max(len(row["input_ids"]) for row in sets.train)
+        )
+        with seeded_training(config.seed), _no_warnings(), _memory_faults(config, longest, chat.model):
+            network = make()
+            trainer = make_trainer(network, chat, sets, config, home)
+            with masked_head(network.get_base_model()):
+                trainer.args.eval_on_start = not whole
+                trainer.add_callback(ProgressBar(config.name if progress and main else "", "loss"))
+                resume_training(trainer)
+                held = [row for row in trainer.state.log_history if "eval_loss" in row]
+                last = held[-1] if held[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+                start, end = held[0]["eval_loss"], last["eval_loss"]
+                if config.early_stopping:
+                    end = trainer.state.best_metric
+                    record.details["best_step"] = trainer.state.best_global_step
+            weights = _gathered(trainer)
+        _note(record, trainer, {"start": start, "loss": end, "perplexity": math.exp(end)}, whole)
         if main:
-            save(network, weights)
+            save(network.eval(), weights)
         state.wait_for_everyone()
-
-
-def _fit(
-    make: Callable,  # gives the network with what is trained; its weights depend on torch's seed
-    chat: ChatModel,
-    sets: SequenceSets,
-    config: SFTTrainingConfig,
-    home: Path,
-    record: RunRecord,
-    progress: bool,
-    state: PartialState,
-):  # the network, and its weights if they are shared out among processes
-    "Train from the beginning or from the last whole checkpoint, and note what happened."
-    with state.main_process_first():
-        whole = _set_faulty_aside(home)
-    longest = config.data.max_tokens if config.packing else max(len(row["input_ids"]) for row in sets.train)
-    with seeded_training(config.seed), _no_warnings(), _memory_faults(config, longest, chat.model):
-        network = make()
-        trainer = make_trainer(network, chat, sets, config, home)
-        with masked_head(network.get_base_model()):
-            trainer.args.eval_on_start = not whole
-            trainer.add_callback(ProgressBar(config.name if progress else "", "loss"))
-            resume_training(trainer)
-            held = [row for row in trainer.state.log_history if "eval_loss" in row]
-            last = held[-1] if held[-1]["step"] == trainer.state.global_step else trainer.evaluate()
-            start, end = held[0]["eval_loss"], last["eval_loss"]
-            if config.early_stopping:
-                end = trainer.state.best_metric
-                record.details["best_step"] = trainer.state.best_global_step
-        weights = _gathered(trainer)
-    _note(record, trainer, {"start": start, "loss": end, "perplexity": math.exp(end)}, whole)
-    return network.eval(), weights
 
 
 def _note(record: RunRecord, trainer: _Trainer, scores: dict, whole: list[Path]) -> None:
