@@ -35,7 +35,7 @@ from llama_dialogue.core.grid import (
     read_parts,
     run_items,
 )
-from ..core.metrics import PromptReader, repetition_n, text_nll
+from ..core.metrics import PromptReader, repetition_n, template_replies, text_nll
 from ..core.models import ChatModel, load_chat_model, load_encoder
 from ..core.paths import sha256_file
 from ..core.records import RunRecord, identity, save_rows, start_run
@@ -235,8 +235,8 @@ def human_replies(
 
 def _tokenize_again(chat: ChatModel, rows: pd.DataFrame) -> pd.DataFrame:
     "Write the replies of another model as the tokens of the one that scores them."
-    again = zip(encode_replies(chat, rows.reply.tolist()), rows.reply, rows.stopped, strict=True)
-    return rows.assign(token_ids=[(ids if end else ids[:-1]) if text else [] for ids, text, end in again])
+    again = template_replies(chat.model, chat.tokenizer, rows.reply.tolist(), rows.stopped.tolist())
+    return rows.assign(token_ids=again)
 
 
 @dataclass(frozen=True)

@@ -318,7 +318,8 @@ def template_replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     replies: Sequence[str],  # [N] texts, may be empty
-) -> list[list[int]]:  # [N] token ids, each with its stop token
+    stopped: Sequence[bool] | None = None,  # [N] whether it ended by itself; None: all did
+) -> list[list[int]]:  # [N] token ids, with the stop token of those that ended
     "Encode replies as the chat template writes them."
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template: need a chat model, e.g. smollm2-135m")
@@ -334,7 +335,9 @@ def template_replies(
         ids = tokenizer(f"{before}{reply.strip()}{after}", add_special_tokens=False)["input_ids"]
         end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
         token_ids.append([*ids[:end], ids[end] if end < len(ids) else tokenizer.eos_token_id])
-    return token_ids
+    if stopped is None:
+        return token_ids
+    return [ids if ended else ids[:-1] for ids, ended in zip(token_ids, stopped, strict=True)]
 
 
 def text_nll(

@@ -566,7 +566,7 @@ def _scored(config, sets, judge, candidates, items, shas, record, out, progress)
     reader = load_chat_model(config.reader or candidates[0].base, "fp32")
     record.add_input("judge", judge)
     record.add_input("reader", reader)
-    foreign = [c.label for c in candidates if c.adapter or shas[c.label] != reader.sha256]
+    foreign = [c.label for c in candidates if shas[c.label] != reader.sha256]
     rows = _score_all(
         config, sets, _Scorer(sets, judge, reader, config.system, foreign), items, out, progress
     )

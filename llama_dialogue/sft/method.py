@@ -6,6 +6,7 @@
 __all__ = ['ADAPTER', 'Adapter']
 
 # %% ../../nbs/sft/50_method.ipynb #se500004
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..compare.methods import Input, Method, SteeringRequest
@@ -77,6 +78,7 @@ _INPUT = Input(
 def _reply_tuned(request: SteeringRequest):
     "Decode plainly after the tag of each row's class."
     from llama_dialogue.core.generation import as_generations, generate
+    from llama_dialogue.core.metrics import template_replies
     from llama_dialogue.sft.adapters import tag_ids
     from llama_dialogue.sft.templates import render_prompt
 
@@ -89,7 +91,9 @@ def _reply_tuned(request: SteeringRequest):
     out = generate(model, tokenizer, prompts, request.config.decoding, seeds=seeds, progress=request.progress)
     tags = set(tag_ids(tokenizer, tuned.template, tuned.target).values())
     token_ids = [[token for token in row if token not in tags] for row in out.token_ids]
-    return as_generations(model, tokenizer, token_ids)
+    said = as_generations(model, tokenizer, token_ids, out.failed)
+    base = (request.chat.model, request.chat.tokenizer)
+    return replace(said, token_ids=template_replies(*base, said.replies, said.stopped))
 
 
 def _describe(options) -> str:
