@@ -35,9 +35,6 @@ from llama_dialogue.sft.training import (
 )
 
 # %% ../../nbs/sft/45_training_bench.ipynb #sb000007
-_TRAININGS = ("ours", "ours, other attention", "trl", "trl float32")
-
-
 def _trl_trainer(
     network, chat: ChatModel, sets: SequenceSets, config: SFTTrainingConfig, folder: Path, bf16: bool
 ):
@@ -66,12 +63,15 @@ def _trl_trainer(
 
 
 def _trainers(
-    bases: dict[str, ChatModel], sets: SequenceSets, config: SFTTrainingConfig, folder: Path
+    bases: dict[str, ChatModel],  # by the name of the training
+    sets: SequenceSets,
+    config: SFTTrainingConfig,
+    folder: Path,
 ) -> dict[str, SFTTrainer]:
     "Make the trainers, each with an adapter of its own."
     found = {}
-    for name in _TRAININGS:
-        chat = add_tags(bases[name], config.template, config.target)
+    for name, base in bases.items():
+        chat = add_tags(base, config.template, config.target)
         other = "sdpa" if config.attention == "eager" else "eager"
         attention = {"ours": config.attention, "ours, other attention": other}.get(name, "sdpa")
         chat.model.set_attn_implementation(attention)
@@ -100,7 +100,7 @@ def _round(trainers: dict[str, SFTTrainer], sequences: Sequence[dict], seed: int
     "Give the learned tokens a second of each training, and how much faster ours is."
     tokens = sum(sum(row["class_tokens"]) for row in sequences)
     speeds = {name: tokens / _seconds(trainer, sequences, seed) for name, trainer in trainers.items()}
-    return speeds | {f"ours / {name}": speeds["ours"] / speeds[name] for name in _TRAININGS[1:]}
+    return speeds | {f"ours / {name}": speeds["ours"] / speeds[name] for name in trainers if name != "ours"}
 
 
 def bench_training_job(
@@ -120,9 +120,8 @@ def bench_training_job(
         parts = _parts(config, sets)
         first = replace(sets, train=parts[0])
         with tempfile.TemporaryDirectory() as folder:
-            trainers = _trainers(
-                dict(zip(_TRAININGS, (ours, ours, plain, plain), strict=True)), first, of, Path(folder)
-            )
+            bases = {name: ours if name.startswith("ours") else plain for name in config.trainings}
+            trainers = _trainers(bases, first, of, Path(folder))
             _round(trainers, parts[0][: of.batch_size * config.warm_steps], of.seed)
             rounds = [_round(trainers, part, of.seed + i) for i, part in enumerate(parts)]
         for name in rounds[0]:
