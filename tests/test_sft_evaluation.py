@@ -439,7 +439,8 @@ def test_mask_prints_a_page_and_names_what_it_does_not_know(tmp_path):
     done = CliRunner().invoke(cli, [*command, "--html", str(page)])
     assert done.exit_code == 0 and "<html" in page.read_text() and "[EMOTION]" in page.read_text()
     first = next(iter(load_corpus())).id
-    assert CliRunner().invoke(cli, [*command, "--dialogue", first]).exit_code == 0
+    piped = CliRunner().invoke(cli, [*command, "--dialogue", first])
+    assert piped.exit_code == 0 and "<|im_end|>»" in piped.output and "\x1b" not in piped.output
     for wrong, told in (
         (["--template", "outinst"], "'out_inst'"),
         (["--target", "emotions"], "'emotion'"),

@@ -295,7 +295,8 @@ def _mask(template, model, target, data, dialogue, system, html):
     turns = _choose_dialogue(data, dialogue).turns
     view = mask_report(_load_tokenizer(model), turns, template, target, system)
     if not html:
-        return click.echo(str(view))
+        in_colour = click.get_text_stream("stdout").isatty()
+        return click.echo(str(view) if in_colour else view.marked())
     with atomic_file(Path(html)) as temporary:
         temporary.write_text(view.page(), encoding="utf-8")
     click.echo(f"wrote {html}")

@@ -9,6 +9,8 @@ __all__ = ['check_template', 'show_mask', 'mask_report']
 import html
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 from fastcore.basics import patch
 
@@ -122,7 +124,13 @@ class MaskView:
             f"\x1b[{shades[trained][place % 2]}{';1' if special else ''}m{piece}\x1b[0m"
             for place, (piece, trained, special) in enumerate(self.pieces)
         )
-        return f"{self.title}\n{text}"
+        return f"{self.title} (green)\n{text}"
+
+    def marked(self) -> str:
+        "Write it for a file or a pipe, which have no colours."
+        runs = groupby(self.pieces, key=itemgetter(1))
+        texts = ((trained, "".join(piece for piece, *_ in run)) for trained, run in runs)
+        return f"{self.title} (« »)\n" + "".join(f"«{t}»" if trained else t for trained, t in texts)
 
     def _repr_html_(self):
         shades = {True: ("#8fd19e", "#b7e4c0"), False: ("#e8e8e8", "#f6f6f6")}
@@ -132,7 +140,7 @@ class MaskView:
             for place, (piece, trained, special) in enumerate(self.pieces)
         )
         style = "white-space:pre-wrap;color:#111;background:#fff;padding:.5em"
-        return f'<p>{html.escape(self.title)}</p><pre style="{style}">{text}</pre>'
+        return f'<p>{html.escape(self.title)} (green)</p><pre style="{style}">{text}</pre>'
 
 # %% ../../nbs/sft/15_mask.ipynb #sf150026
 @patch
@@ -157,7 +165,7 @@ def show_mask(
             pieces.append((rendered.text[done:end], trained, i in special))
             done = end
     n = sum(rendered.loss_mask)
-    return MaskView(f"{n} of {len(rendered.input_ids)} tokens in the loss (green)", tuple(pieces))
+    return MaskView(f"{n} of {len(rendered.input_ids)} tokens in the loss", tuple(pieces))
 
 # %% ../../nbs/sft/15_mask.ipynb #sf150017
 def mask_report(
