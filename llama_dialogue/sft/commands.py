@@ -6,6 +6,7 @@
 __all__ = ['SFT', 'SFT_SWEEP', 'SFT_BENCH', 'SFT_EVALUATION']
 
 # %% ../../nbs/sft/95_commands.ipynb #se950004
+import sys
 from pathlib import Path
 
 import click
@@ -295,8 +296,7 @@ def _mask(template, model, target, data, dialogue, system, html):
     turns = _choose_dialogue(data, dialogue).turns
     view = mask_report(_load_tokenizer(model), turns, template, target, system)
     if not html:
-        in_colour = click.get_text_stream("stdout").isatty()
-        return click.echo(str(view) if in_colour else view.marked())
+        return click.echo(str(view) if sys.stdout.isatty() else view.marked())
     with atomic_file(Path(html)) as temporary:
         temporary.write_text(view.page(), encoding="utf-8")
     click.echo(f"wrote {html}")
