@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "cases": ["read_cases"],
         "parties": ["find_parties"],
         "questions": ["ask_about", "case_prompt"],
+        "scoring": ["compare_judgements", "judgement_scores", "split_folds"],
     },
 )
