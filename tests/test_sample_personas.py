@@ -6,7 +6,12 @@ from collections import Counter, defaultdict
 from itertools import product
 from statistics import mean
 
+import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
 
 from llama_dialogue.core.paths import sample_dir
 
@@ -40,6 +45,20 @@ def test_answers_are_of_like_length_and_no_wording_returns(situations):
     assert max(lengths) <= 1.1 * min(lengths)
     assert all(28 <= n <= 42 for own in words.values() for n in own)
     assert max(len(answers) for answers in seen.values()) <= 3
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_neither_words_nor_length_give_an_axis_away(situations, place):
+    texts = [answer for s in situations for answer in s["answers"].values()]
+    poles = np.array([kind[place] in "ESTJ" for s in situations for kind in s["answers"]])
+    groups = np.repeat(np.arange(len(situations)), 16)
+    words = TfidfVectorizer(token_pattern=r"[\w']+|[?!]", sublinear_tf=True)
+    model = make_pipeline(words, LogisticRegression(C=10, max_iter=1000))
+    told = cross_val_predict(model, texts, poles, cv=GroupKFold(12), groups=groups) == poles
+    lengths = np.array([len(text.split()) for text in texts])
+    by_length = [((lengths > cut) == poles).mean() for cut in range(28, 43)]
+    print(f"bag of words {told.mean():.3f}, length {max(*by_length, 1 - min(by_length)):.3f}")
+    assert told.mean() <= 0.75 and max(*by_length, 1 - min(by_length)) <= 0.55
 
 
 def test_statements_are_balanced(situations):
