@@ -78,7 +78,7 @@ def explore_cases(
     if records is not None:
         check_writable(Path(records) / "dacon")
     with start_run(
-        "dacon", config.name, config, config.seed, {"data": cases}, records, "dacon-explore"
+        "dacon", config.name, config, config.seed, {"data": cases}, records, job="dacon-explore"
     ) as record:
         record.add_input("test", other or None)
         tokenizer = AutoTokenizer.from_pretrained(_locate(config.tokenizer, "chat")[0])
