@@ -197,7 +197,7 @@ def test_trl_computes_the_same_loss_on_the_same_batches(tiny, tmp_path):
     config = SFTBenchConfig(training=CONFIG.override(["adapter.dropout=0", "epochs=1"]), steps=2, rounds=2)
     tagged = adapters.add_tags(tiny, CONFIG.template)
     sets = data.load_sequences(CONFIG, tagged.tokenizer)
-    bases = dict.fromkeys(training_bench._TRAININGS, tiny)
+    bases = dict.fromkeys(config.trainings, tiny)
     trainers = training_bench._trainers(bases, sets, config.training, tmp_path)
     assert trainers["trl"].args.bf16 and trainers["trl"].args.gradient_checkpointing  # its defaults
     found = {}
