@@ -71,19 +71,21 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table.fillna("")
 
 
-def _faults(table: pd.DataFrame, labelled: bool) -> list[tuple[int, str]]:  # place of the row, fault
+def _faults(
+    table: pd.DataFrame, labelled: bool
+) -> list[tuple[int, tuple[str, str]]]:  # place of the row, its fault in short and in full
     "Look at every row; one fault is enough."
     found, ids, texts = {}, table.ID.str.strip(), table.facts.str.split().str.join(" ")
     if labelled:
         for place in table.index[~table[LABEL].str.strip().isin(("0", "1"))]:
-            found[place] = f"{LABEL} {table[LABEL][place]!r}, need 0 or 1"
+            found[place] = LABEL, f"{LABEL} {table[LABEL][place]!r}, need 0 or 1"
     for place in table.index[texts.duplicated() & texts.ne("")]:
-        found[place] = f"the facts of row {texts.tolist().index(texts[place]) + 1} again"
+        found[place] = "the facts", f"the facts of row {texts.tolist().index(texts[place]) + 1} again"
     for place in table.index[ids.duplicated() & ids.ne("")]:
-        found[place] = f"the ID of row {ids.tolist().index(ids[place]) + 1} again"
+        found[place] = "the ID", f"the ID of row {ids.tolist().index(ids[place]) + 1} again"
     for name in reversed(COLUMNS):
         for place in table.index[table[name].str.strip().isin(("", "nan", "NaN"))]:
-            found[place] = f"empty {name}"
+            found[place] = (f"empty {name}",) * 2
     return sorted(found.items())
 
 # %% ../../nbs/dacon/10_cases.ipynb #da100010
@@ -104,7 +106,7 @@ def read_cases(
     with_label = LABEL in table and labelled is not False
     faults = _faults(table, with_label)
     if faults and not leave_out:
-        place, fault = faults[0]
+        place, (_, fault) = faults[0]
         others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise InputError(
             f"{path}: row {place + 1}, ID {table.ID[place]!r}: {fault}{others}: mend it, or leave such rows out "
@@ -118,7 +120,7 @@ def read_cases(
     cases = tuple(
         Case(*(row[name] for name in COLUMNS), first_won=w) for row, w in zip(rows, won, strict=True)
     )
-    left_out = Counter(fault.split(" of row ")[0].split(" '")[0] for _, fault in faults)
+    left_out = Counter(short for _, (short, _) in faults)
     return Cases(cases, path.stem, sha256_file(path), dict(left_out))
 
 

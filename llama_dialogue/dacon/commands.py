@@ -29,7 +29,11 @@ DACON_EXPLORE = Job(
     study="dacon",
     config=f"{_MODULE}.explore:ExploreConfig",
     run=f"{_MODULE}.explore:explore_cases",
-    inputs=lambda config: [("tokenizer", config.tokenizer, "model")],
+    inputs=lambda config: [
+        ("data", config.data, "data"),
+        ("test", config.test, "data"),
+        ("tokenizer", config.tokenizer, "model"),
+    ],
     work=lambda config: f"lengths, names and {config.num_folds} folds of simple rows on {config.data}",
     show=_show_explored,
 )

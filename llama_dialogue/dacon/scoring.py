@@ -12,26 +12,24 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.model_selection import StratifiedGroupKFold
 
+from ..core.classification import _interval
 from ..core.errors import InputError
 from ..core.statistics import Interval, paired_bootstrap
+from ..core.texts import similar_pairs
 
 # %% ../../nbs/dacon/40_scoring.ipynb #da400006
 def fact_groups(
     facts: Sequence[str],  # [N]
-    least: float = 0.5,  # cosine of the word triples from which on two count as the same story
+    least: float = 0.33,  # Jaccard similarity of the word triples from which on two count as the same story
 ) -> Int[np.ndarray, "N"]:  # number of the group
     "Group facts that are nearly equal."
-    if not 0 < least <= 1:
-        raise InputError(f"least={least}: need 0 < least <= 1, e.g. least=0.5")
-    pattern = r"(?u)\b\w+\b"
-    rows = TfidfVectorizer(ngram_range=(3, 3), token_pattern=pattern, use_idf=False).fit_transform(facts)
-    alike = (rows @ rows.T).tocoo()
-    near = alike.data >= least
-    pairs = (np.ones(near.sum()), (alike.row[near], alike.col[near]))
-    return connected_components(csr_matrix(pairs, shape=alike.shape), directed=False)[1]
+    facts = list(facts)
+    pairs = list(similar_pairs(facts, facts, size=3, threshold=least))
+    places = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
+    links = csr_matrix((np.ones(len(pairs)), places), shape=(len(facts), len(facts)))
+    return connected_components(links, directed=False)[1]
 
 # %% ../../nbs/dacon/40_scoring.ipynb #da400009
 def split_folds(
@@ -95,12 +93,6 @@ _SCORES = {
 }
 
 
-def _interval(values: Float[np.ndarray, "R+1"], n: int) -> Interval:
-    "Take the estimate and cut the tails off the resamples."
-    low, high = np.nanquantile(values[1:], [0.025, 0.975])
-    return Interval(float(values[0]), float(low), float(high), n)
-
-
 def judgement_scores(
     won: Sequence[bool],  # [N]
     chances: Sequence[float],  # [N] that the case is won
@@ -112,7 +104,8 @@ def judgement_scores(
     won, chances, index = _check(won, chances, clusters)
     weights = _weights(index, seed, resamples)
     with np.errstate(invalid="ignore"):
-        return {name: _interval(score(weights, won, chances), len(won)) for name, score in _SCORES.items()}
+        values = {name: score(weights, won, chances) for name, score in _SCORES.items()}
+    return {name: _interval(own[0], own[1:], len(won)) for name, own in values.items()}
 
 # %% ../../nbs/dacon/40_scoring.ipynb #da400015
 def compare_judgements(
@@ -129,7 +122,7 @@ def compare_judgements(
     with np.errstate(invalid="ignore"):
         draws = _auc(weights, won, one) - _auc(weights, won, two)
     wrong = min((draws[1:] <= 0).sum(), (draws[1:] >= 0).sum())
-    found = {"auc": (_interval(draws, len(won)), min(1.0, 2 * (wrong + 1) / (resamples + 1)))}
+    found = {"auc": (_interval(draws[0], draws[1:], len(won)), min(1.0, 2 * (wrong + 1) / (resamples + 1)))}
     for name, score in (("accuracy", lambda p: (p > 0.5) == won), ("brier", lambda p: (p - won) ** 2)):
         found[name] = paired_bootstrap(
             score(one).astype(float), score(two).astype(float), index, seed=seed, resamples=resamples

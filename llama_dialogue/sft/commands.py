@@ -232,6 +232,11 @@ TALK = Job(
 )
 
 # %% ../../nbs/sft/95_commands.ipynb #se950010
+def _split_names(text: str | None) -> list[str] | None:
+    "Cut names at commas."
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
+
+
 @click.group("sft", cls=Group, short_help="Tune adapters whose replies follow a tag.")
 def sft():
     """Tune a chat model so that a tag in its template sets the class of the reply."""
@@ -277,8 +282,7 @@ def _sweep(**options):
 @job_options(SFT_EVALUATION)
 def _eval(models, **options):
     """Reply with true classes and with every class, judge the replies, and compare tags on human replies."""
-    named = [name.strip() for name in models.split(",") if name.strip()] if models else None
-    run_command(SFT_EVALUATION, options | {"models": named})
+    run_command(SFT_EVALUATION, options | {"models": _split_names(models)})
 
 
 @sft.command("talk", short_help="Compare how models talk, with no class asked for.")
@@ -290,8 +294,7 @@ def _eval(models, **options):
 @job_options(TALK)
 def _talk(models, **options):
     """Reply to contexts, and compare length, endings, repetition and likelihoods with those of people."""
-    named = [name.strip() for name in models.split(",") if name.strip()] if models else None
-    run_command(TALK, options | {"models": named})
+    run_command(TALK, options | {"models": _split_names(models)})
 
 
 @click.command("sft", short_help="Time trainings against trl's defaults.")
@@ -304,19 +307,6 @@ def bench_sft(**options):
     run_command(SFT_BENCH, options)
 
 # %% ../../nbs/sft/95_commands.ipynb #se950015
-def _load_tokenizer(model: str):
-    "Load the tokenizer of a chat model."
-    from transformers import AutoTokenizer
-
-    from llama_dialogue.core.models import _load_faults, _locate, tiny_chat_model
-
-    place, name = _locate(model, "chat")
-    if place == "memory":
-        return tiny_chat_model().tokenizer
-    with _load_faults(name):
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-
-
 def _choose_dialogue(data: str, wanted: str | None):
     "Take a dialogue of a corpus: the one that was asked for, or a short one."
     from llama_dialogue.core.dialogues import load_corpus
@@ -344,13 +334,14 @@ def _choose_dialogue(data: str, wanted: str | None):
 @click.option("--html", metavar="FILE", help="Write a page instead of printing.")
 def _mask(template, model, target, data, dialogue, system, html):
     """Check a template, and show which tokens of a dialogue it trains."""
+    from llama_dialogue.core.models import load_tokenizer
     from llama_dialogue.core.paths import atomic_file
     from llama_dialogue.sft.mask import mask_report
     from llama_dialogue.sft.templates import get_template
 
     template, target = get_template(template), get_target(target)
     turns = _choose_dialogue(data, dialogue).turns
-    view = mask_report(_load_tokenizer(model), turns, template, target, system)
+    view = mask_report(load_tokenizer(model), turns, template, target, system)
     if not html:
         return click.echo(str(view) if sys.stdout.isatty() else view.marked())
     with atomic_file(Path(html)) as temporary:

@@ -312,8 +312,7 @@ def _score_all(
             continue
         for model in [*items, *([HUMAN] if (part.test, part.seed) == ("reference", first) else [])]:
             made = [e.id for e, _ in part.rows] if model == HUMAN else items[model][number].key
-            rewritten = ["tokenized again"] * (model in scorer.foreign)
-            key = item_key(made, part.test, model, *scorer.depends, *rewritten)
+            key = item_key(made, part.test, model, *scorer.depends)
             todo.append(WorkItem({"model": model}, number, part.seed, key))
     run_items(
         todo, _ScoreWork(scorer, parts, items, out), out / "scored", progress="scoring" if progress else ""

@@ -67,7 +67,6 @@ class _Talker:
 
     chat: ChatModel
     prompts: list[str]
-    base_sha256: str
 
 
 def _load_talker(model: str, config: TalkConfig, examples: Sequence[Example]) -> _Talker:
@@ -75,15 +74,15 @@ def _load_talker(model: str, config: TalkConfig, examples: Sequence[Example]) ->
     if not is_adapter(model):
         chat = load_chat_model(model, config.dtype)
         prompts = [build_prompt(chat.tokenizer, e.context, config.system) for e in examples]
-        return _Talker(chat, prompts, chat.sha256)
-    tuned = load_adapter(model)
+        return _Talker(chat, prompts)
+    tuned = load_adapter(model, load_chat_model(_base(model), config.dtype))
     if tuned.template.labelled:
         raise InputError(
             f"models: {model} was tuned with tags: need an adapter without, e.g. one of template: plain"
         )
     how = (tuned.target.classes[0], tuned.template, tuned.target, tuned.system)
     prompts = [render_prompt(tuned.chat.tokenizer, e.context, *how, strict=False) for e in examples]
-    return _Talker(tuned.chat, prompts, tuned.base_sha256)
+    return _Talker(tuned.chat, prompts)
 
 
 def _replies(talker: _Talker, examples: Sequence[Example], how: GenerationConfig, seed: int, label: str):
