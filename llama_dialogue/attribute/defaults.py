@@ -91,12 +91,14 @@ def _check_labelled(target: Target) -> None:
 
 
 def _shipped_head(chat: ChatModel, target: Target, system: str) -> AttributeHead | None:
-    "Load the head that comes with the sample corpus, if it was made for this model and prompt."
-    folder = sample_dir() / "heads" / target.name
-    if not folder.is_dir():
-        return None
-    head = AttributeHead.from_pretrained(folder, name="default")
-    return head if (head.model_sha, head.prompt) == (chat.sha256, system) else None
+    "Load the head that comes with the sample corpus, if there is one for this model and prompt."
+    home = sample_dir() / "heads"
+    for folder in (home / target.name, *sorted(home.glob(f"{target.name}-*"))):
+        if folder.is_dir():
+            head = AttributeHead.from_pretrained(folder, name="default")
+            if (head.model_sha, head.prompt) == (chat.sha256, system):
+                return head
+    return None
 
 
 def default_head(

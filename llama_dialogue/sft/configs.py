@@ -125,6 +125,7 @@ class SFTTrainingConfig(Config):
     early_stopping: int = 0  # validations without a lower loss before the end; the best one is kept; 0: never
     save_steps: int = 50  # steps between checkpoints; 0: once an epoch
     report_to: str = "none"  # or "trackio", "tensorboard", "wandb"
+    stored: str = "fp32"  # how the adapter's numbers are kept; or "bf16", half the file
     seed: int = 0
     resume: bool = False  # go on with an interrupted run, or refuse
 
@@ -135,6 +136,7 @@ class SFTTrainingConfig(Config):
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("attention", self.attention, ATTENTIONS)
         check_choice("report_to", self.report_to, REPORTS)
+        check_choice("stored", self.stored, ("fp32", "bf16"))
         if self.quantization is not None:
             check_choice("quantization", self.quantization, ("nf4",))
         _in_range(self, 1, float("inf"), "batch_size", "accumulation")

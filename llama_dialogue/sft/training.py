@@ -547,10 +547,11 @@ def train_adapter_job(
         record.details |= {"data": sets.report}
         home = _checkpoint_home(config, out, record.inputs)
         how = (config.template, config.target, config.system, Fingerprints.of(sets.replies))
+        stored = torch.bfloat16 if config.stored == "bf16" else None
         make = functools.partial(new_adapter, tagged, config.template, config.target, config.adapter)
         _fit(
             make,
-            lambda network, weights: save_adapter(out, network, tagged, *how, weights),
+            lambda network, weights: save_adapter(out, network, tagged, *how, weights, stored),
             *(tagged, sets, config, home, record, progress, state),
         )
         tuned = load_adapter(out, chat) if alone else None
