@@ -13,6 +13,8 @@ from ..compare.methods import SteeringConfig, get_method, resolve_method, steer
 from ..core.config import frozen
 from ..core.dialogues import Turn
 from ..core.errors import InputError
+from ..core.generation_config import TALK_DECODING, GenerationConfig
+from ..core.registry import SPEAKER
 from ..core.targets import get_target
 
 # %% ../../nbs/app/15_reply.ipynb #fe477030
@@ -23,7 +25,8 @@ class SpeakingConfig(SteeringConfig):
     method: str = "none"  # one of `llama-dialogue methods`
     target: str | None = None  # what is steered to, e.g. "act"; every method but none needs it
     target_class: str | None = None  # e.g. "question"
-    model: str = "smollm2-135m"
+    model: str = SPEAKER
+    decoding: GenerationConfig = TALK_DECODING
     dtype: str = "auto"
     inputs: dict[str, str] = field(default_factory=dict)  # input -> its folder, or "default"
     seed: int = 0

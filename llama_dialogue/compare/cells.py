@@ -24,6 +24,8 @@ from llama_dialogue.compare.methods import (
 from ..core.config import frozen
 from ..core.contexts import ContextConfig
 from ..core.errors import InputError, check_choice, nearest
+from ..core.generation_config import TALK_DECODING, GenerationConfig
+from ..core.registry import SPEAKER
 from ..core.targets import get_target
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ class DemoConfig(GridConfig):
     "What the demo runs."
 
     name: str = ""  # of the record; "": that of the corpus
+    model: str = SPEAKER
+    decoding: GenerationConfig = TALK_DECODING
     contexts: ContextConfig = ContextConfig(n=12)
     shard_size: int = 12
     cells: tuple[dict, ...] = (

@@ -114,6 +114,9 @@ _SPECS = (
 )
 
 
+SPEAKER = "smollm2-135m-speaker"  # who speaks where nothing is studied
+
+
 def registry() -> dict[str, ModelSpec]:
     "List the models that are known by name."
     return {spec.name: spec for spec in _SPECS}

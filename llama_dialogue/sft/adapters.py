@@ -209,12 +209,13 @@ def load_adapter(
     folder: Path | str,  # of `save_adapter`
     chat: ChatModel | None = None,  # the base, stays as it is; None: loaded by its name
     merge: bool = False,  # add the adapter into a copy of all weights
+    dtype: str = "auto",  # of a base that is loaded by its name
 ) -> TaggedChat:
     "Load an adapter into its base model."
     stored = load_artifact(
         folder, "adapter", None, ("base", "template", "target", "system", "tag_ids"), _WEIGHTS
     )
-    chat = chat or load_chat_model(stored["base"]["name"])
+    chat = chat or load_chat_model(stored["base"]["name"], dtype)
     check_made_for(chat, stored["base"]["sha256"], f"llama-dialogue sft train --model {chat.name}")
     template, target = (
         _rebuild(kind, stored[k]) for kind, k in ((TagTemplate, "template"), (Target, "target"))

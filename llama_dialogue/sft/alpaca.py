@@ -92,10 +92,11 @@ def _sha256(chat: ChatModel, folder: Path) -> str:
 def load_instructed(
     folder: Path | str,  # of `train_alpaca_job`
     chat: ChatModel | None = None,  # the base, stays as it is; None: loaded by its name
+    dtype: str = "auto",  # of a base that is loaded by its name
 ) -> InstructedChat:
     "Load what was tuned on instructions."
     stored = load_artifact(folder, "instructed", None, ("base", "kind_of_tuning"), _WEIGHTS)
-    chat = chat or load_chat_model(stored["base"]["name"])
+    chat = chat or load_chat_model(stored["base"]["name"], dtype)
     check_made_for(chat, stored["base"]["sha256"], f"llama-dialogue alpaca train --model {chat.name}")
     with seeded_training(0), _no_warnings():
         network = wrap_stored(_copy_model(chat.model), folder, stored["tensors"])

@@ -75,7 +75,7 @@ def _load_talker(model: str, config: TalkConfig, examples: Sequence[Example]) ->
         chat = load_chat_model(model, config.dtype)
         prompts = [build_prompt(chat.tokenizer, e.context, config.system) for e in examples]
         return _Talker(chat, prompts)
-    tuned = load_adapter(model, load_chat_model(_base(model), config.dtype))
+    tuned = load_adapter(model, dtype=config.dtype)
     if tuned.template.labelled:
         raise InputError(
             f"models: {model} was tuned with tags: need an adapter without, e.g. one of template: plain"
