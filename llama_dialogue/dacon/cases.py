@@ -7,7 +7,7 @@ __all__ = ['Case', 'Cases', 'read_cases', 'need_both_outcomes']
 
 # %% ../../nbs/dacon/10_cases.ipynb #da100003
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +51,11 @@ COLUMNS = ("ID", "first_party", "second_party", "facts")
 LABEL = "first_party_winner"
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    "Read the columns as texts; nothing becomes a NaN."
+def read_table(
+    path: Path,  # a CSV file
+    columns: Sequence[str] = COLUMNS,  # that must be there
+) -> pd.DataFrame:  # texts; nothing becomes a NaN
+    "Read a table, and refuse what is none."
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -61,12 +64,12 @@ def _read_table(path: Path) -> pd.DataFrame:
             f"{path}: line {line}: no UTF-8 ({error.reason}): need a file saved as UTF-8"
         ) from error
     except pd.errors.EmptyDataError as error:
-        raise InputError(f"{path}: empty: need the columns {', '.join(COLUMNS)}") from error
+        raise InputError(f"{path}: empty: need the columns {', '.join(columns)}") from error
     except pd.errors.ParserError as error:
         raise InputError(f"{path}: {str(error).strip().splitlines()[-1]}: need one row a case") from error
-    if missing := [name for name in COLUMNS if name not in table]:
+    if missing := [name for name in columns if name not in table]:
         raise InputError(
-            f"{path}: no column {missing[0]!r}, found {', '.join(table.columns)}: need {', '.join(COLUMNS)}"
+            f"{path}: no column {missing[0]!r}, found {', '.join(table.columns)}: need {', '.join(columns)}"
         )
     return table.fillna("")
 
@@ -98,7 +101,7 @@ def read_cases(
     path = sample_dir() / "cases.csv" if str(path) == "sample" else find_corpus(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder: need a CSV file, e.g. {path / 'train.csv'}")
-    table = _read_table(path)
+    table = read_table(path)
     if labelled and LABEL not in table:
         raise InputError(
             f"{path}: no column {LABEL!r}, found {', '.join(table.columns)}: need a labelled file"

@@ -79,7 +79,7 @@ def plain_loss(
 
 # %% ../../nbs/sft/40_training.ipynb #st000009
 class _HeadLoss(torch.autograd.Function):
-    "Sum the negative log-probabilities of labels, given the states before the output layer."
+    "Sum the weighted negative log-probabilities of labels, given the states before the output layer."
 
     @staticmethod
     def forward(
@@ -89,21 +89,23 @@ class _HeadLoss(torch.autograd.Function):
         rows: Float[Tensor, "K E"],  # trained rows that replace those of the weight
         row_ids: Int[Tensor, "K"],
         labels: Int[Tensor, "N"],
+        weights: Float[Tensor, "N"],
         chunk: int,  # places at a time
     ) -> Float[Tensor, ""]:
         own, total = rows.to(weight.dtype), 0.0
         needed = hidden.requires_grad or rows.requires_grad
         grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
-        for h, y, grad in zip(*(t.split(chunk) for t in (hidden, labels, grad_hidden)), strict=True):
+        parts = (t.split(chunk) for t in (hidden, labels, weights[:, None], grad_hidden))
+        for h, y, w, grad in zip(*parts, strict=True):
             logits = h.to(weight.dtype) @ weight.T
             logits[:, row_ids] = h.to(weight.dtype) @ own.T
             logits = logits if logits.dtype == torch.float64 else logits.float()
             log_total = logits.logsumexp(-1, keepdim=True)
-            total = total + (log_total - logits.gather(1, y[:, None])).sum()
+            total = total + (w * (log_total - logits.gather(1, y[:, None]))).sum()
             if needed:
                 error = logits.sub_(log_total).exp_()
                 error[torch.arange(len(y)), y] -= 1
-                error = error.to(weight.dtype)
+                error = error.mul_(w).to(weight.dtype)
                 grad_rows += (error[:, row_ids].T @ h.to(weight.dtype)).to(rows.dtype)
                 of_rows = error[:, row_ids] @ own
                 error[:, row_ids] = 0
@@ -114,7 +116,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_rows = ctx.saved_tensors
-        return grad_hidden * grad, None, grad_rows * grad, None, None, None
+        return grad_hidden * grad, None, grad_rows * grad, None, None, None, None
 
 
 def _output_layer(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:  # weight, rows of the tags, their ids
@@ -146,20 +148,22 @@ def masked_head(
     model: nn.Module,  # a causal language model; of a `PeftModel` its `get_base_model()`
     chunk: int | None = None,  # places at a time; None: `head_chunk` of its vocabulary
 ) -> Iterator[None]:
-    "Let `model(..., learned=labels)` return the summed loss of the learned tokens inside a `with` block."
+    "Let `model(..., learned=labels, weights=w)` return the summed loss of learned tokens inside a `with` block."
     chunk = chunk or head_chunk(model.config.vocab_size)
     usual, own = model.forward, model.__dict__.get("forward")
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, learned: Tensor | None = None, **kwargs):
+    def forward(self, *args, learned: Tensor | None = None, weights: Tensor | None = None, **kwargs):
         if learned is None:
             return usual(*args, **kwargs)
         states = self.base_model(*args, **kwargs).last_hidden_state  # those of virtual tokens come first
         hidden, labels = states[:, -learned.shape[1] : -1], learned[:, 1:]
         weight, rows, ids = _output_layer(self)
         counts = labels != -100
+        own = hidden.new_ones(()).expand(labels.shape) if weights is None else weights[:, 1:]
+        of_places = (hidden[counts], weight, rows, ids, labels[counts], own[counts])
         with torch.autocast(hidden.device.type, enabled=False):
-            return {"loss": _HeadLoss.apply(hidden[counts], weight, rows, ids, labels[counts], chunk)}
+            return {"loss": _HeadLoss.apply(*of_places, chunk)}
 
     model.forward = types.MethodType(forward, model)
     try:
@@ -318,8 +322,9 @@ def _rows(sequences: Sequence[dict]) -> datasets.Dataset:
     "Lay sequences out as trl reads them."
     rows = []
     for row in sequences:
-        pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
-        rows.append({"input_ids": row["input_ids"], "labels": [token if on else -100 for token, on in pairs]})
+        pairs = zip(row["input_ids"], row.get("loss_mask", row["input_ids"]), strict=True)
+        labels = row.get("labels") or [token if on else -100 for token, on in pairs]
+        rows.append({"input_ids": row["input_ids"], "labels": labels})
     return datasets.Dataset.from_list(rows)
 
 
@@ -360,12 +365,13 @@ def make_trainer(
     sets: SequenceSets,
     config: SFTTrainingConfig,
     folder: Path,  # for checkpoints
+    kind: type = _Trainer,  # or a subclass with a loss of its own
 ) -> SFTTrainer:
     "Make a trainer; it learns inside `masked_head`."
     network.save_pretrained = functools.partial(network.save_pretrained, save_embedding_layers=False)
     _leave_dtypes_to_autocast(network, config)
     with _no_warnings(), _no_bars():
-        trainer = _Trainer(
+        trainer = kind(
             model=network,
             args=_arguments(config, folder),
             train_dataset=_rows(sets.train),
@@ -572,6 +578,7 @@ def _fit(
     record: RunRecord,
     progress: bool,
     state: PartialState,
+    kind: type = _Trainer,
 ) -> None:
     "Train from the beginning or from the last whole checkpoint, note what happened, save, drop the checkpoints."
     main = state.is_main_process
@@ -583,7 +590,7 @@ def _fit(
         )
         with seeded_training(config.seed), _no_warnings(), _memory_faults(config, longest, chat.model):
             network = make()
-            trainer = make_trainer(network, chat, sets, config, home)
+            trainer = make_trainer(network, chat, sets, config, home, kind)
             with masked_head(network.get_base_model()):
                 trainer.args.eval_on_start = not whole
                 trainer.add_callback(ProgressBar(config.name if progress and main else "", "loss"))
