@@ -10,7 +10,7 @@ from llama_dialogue.attribute.defaults import _shipped_head
 from llama_dialogue.compare.cells import DemoConfig, GridConfig
 from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.models import get_model, load_chat_model, load_tokenizer
-from llama_dialogue.core.paths import models_dir, sha256_file
+from llama_dialogue.core.paths import checkout_dir, models_dir, sha256_file
 from llama_dialogue.core.records import RunRecord, results_dir
 from llama_dialogue.core.registry import SPEAKER
 from llama_dialogue.core.targets import ACT, EMOTION
@@ -45,7 +45,7 @@ def test_its_files_are_few_and_whole():
         SFTTrainingConfig.from_yaml(FOLDER / "config.yaml"),
         RunRecord.load(FOLDER / "record.json"),
     )
-    told = SFTTrainingConfig.from_yaml("configs/sft/speaker.yaml")
+    told = SFTTrainingConfig.from_yaml(checkout_dir() / "configs" / "sft" / "speaker.yaml")
     assert config == told == SFTTrainingConfig.from_dict(record.config)
     kept = RunRecord.load(results_dir() / "sft" / "speaker.json")
     assert kept.details["artefact"] == record.details["artefact"]
