@@ -47,5 +47,5 @@ class GenerationConfig(SamplingConfig):
 
 # %% ../../nbs/core/58_generation_config.ipynb #g0000019
 TALK_DECODING = GenerationConfig(
-    max_new_tokens=40, temperature=0.7, top_k=0, top_p=0.9, repetition_penalty=1.1
+    max_new_tokens=40, temperature=0.8, top_k=0, top_p=0.9
 )  # of `reply`, `chat` and the demo

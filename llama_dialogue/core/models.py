@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -296,7 +297,9 @@ def _with_adapter(chat: ChatModel, adapter: str) -> ChatModel:
             f"written by PEFT's save_pretrained, e.g. runs/adapter, or a shipped one, e.g. speaker"
         )
     try:
-        merged = PeftModel.from_pretrained(chat.model, folder).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft of a name that transformers will drop
+            merged = PeftModel.from_pretrained(chat.model, folder).merge_and_unload()
     except (RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

@@ -633,8 +633,9 @@ def _note(record: RunRecord, trainer: _Trainer, scores: dict, whole: list[Path])
 # %% ../../nbs/sft/40_training.ipynb #st000036
 _LIMITS = (
     "talk with people who do not know that a machine answers, languages other than English, or anything where a "
-    "feigned feeling can hurt; a tag raises the chance of an emotion, it does not make it certain."
+    "feigned feeling can hurt"
 )
+_OF_TAGS = "; a tag raises the chance of its class, it does not make it certain"
 
 
 def adapter_card(
@@ -654,7 +655,8 @@ def adapter_card(
         f"Loss in nats per learned token on {held} validation dialogues, before the training (start) and after.",
     ]
     rows, scores = {"validation": "validation"}, ("start", "loss", "perplexity")
-    return model_card(record, f"{kind} adapter of {base}", sections, rows, scores, _LIMITS)
+    limits = f"{_LIMITS}{_OF_TAGS if get_template(config.template).labelled else ''}."
+    return model_card(record, f"{kind} adapter of {base}", sections, rows, scores, limits)
 
 
 def _finish(
