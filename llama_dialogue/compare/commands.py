@@ -235,13 +235,30 @@ def _run_demo(config, out, records, progress, figures=None):
     return record, grid, picture
 
 
+def _first_context(record, grid) -> str:
+    "Write the turns that the shown replies answer."
+    from llama_dialogue.compare.reading import show_context
+    from llama_dialogue.compare.scores import is_human
+    from llama_dialogue.core.contexts import ContextConfig, draw_contexts
+    from llama_dialogue.core.dialogues import load_corpus
+
+    config = ContextConfig.from_dict(record.config["contexts"])
+    first = grid.rows[~is_human(grid.rows.cell)].dialogue_id.iloc[0]
+    examples = draw_contexts(config, load_corpus(config.data, config.split))
+    return show_context(next(example.context for example in examples if example.dialogue_id == first))
+
+
 def _show_demo(result) -> str:
     "Lay out the replies to one context, the scores, and where the figure is."
     from llama_dialogue.compare.demo import demo_table, side_by_side
 
     record, grid, picture = result
     contexts = record.config["contexts"]
-    lines = [f"\nAfter one context of {contexts['data']}, towards each class:\n"]
+    lines = [
+        f"\nAfter this context of {contexts['data']}, towards each class:\n",
+        _first_context(record, grid),
+        "",
+    ]
     for wanted, row in side_by_side(grid).iterrows():
         lines += [wanted, *(f"  {cell}: {' '.join(reply.split())}" for cell, reply in row.items())]
     table = format_table(demo_table(grid).to_dict("records"))
