@@ -70,7 +70,7 @@ def load_voice(
     if (folder / "adapter.json").is_file():
         return _tagged_voice(folder, chat, config.dtype)
     raise InputError(
-        f"adapter={config.adapter!r}: nothing of `sft train` or `alpaca train` there: need such a folder"
+        f"adapter={config.adapter!r}: nothing of `sft train` or `alpaca train` there: need their folder, e.g. runs/alpaca"
     )
 
 

@@ -51,6 +51,22 @@ COLUMNS = ("ID", "first_party", "second_party", "facts")
 LABEL = "first_party_winner"
 
 
+def find_table(
+    path: Path | str,  # a CSV file, a name below LLAMA_DIALOGUE_DATA, or "sample"
+    sample: str,  # file of the sample data
+) -> Path:
+    "Find a CSV file."
+    if str(path) == "sample":
+        return sample_dir() / sample
+    try:
+        path = find_corpus(path)
+    except InputError as error:
+        raise InputError(f"{path}: no such file: need a CSV file or 'sample', e.g. train.csv") from error
+    if path.is_dir():
+        raise InputError(f"{path}: a folder: need a CSV file, e.g. {path / 'train.csv'}")
+    return path
+
+
 def read_table(
     path: Path,  # a CSV file
     columns: Sequence[str] = COLUMNS,  # that must be there
@@ -98,9 +114,7 @@ def read_cases(
     leave_out: bool = False,  # read a file with faulty rows without them
 ) -> Cases:
     "Read cases, and refuse what is not whole."
-    path = sample_dir() / "cases.csv" if str(path) == "sample" else find_corpus(path)
-    if path.is_dir():
-        raise InputError(f"{path}: a folder: need a CSV file, e.g. {path / 'train.csv'}")
+    path = find_table(path, "cases.csv")
     table = read_table(path)
     if labelled and LABEL not in table:
         raise InputError(

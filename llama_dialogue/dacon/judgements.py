@@ -140,8 +140,8 @@ def _draw(config: JudgementConfig) -> Cases:
     return cases
 
 
-def _untrained_rows(config: JudgementConfig, chat, cases, asked, both, won, fold, tested) -> Iterator[tuple]:
-    "Judge the tested cases by rows without a training."
+def _rows_beside(config: JudgementConfig, chat, cases, asked, both, won, fold, tested) -> Iterator[tuple]:
+    "Judge the tested cases by rows that tune no language model."
     if "zero-shot" in config.beside:
         yield "zero-shot", _judge(chat, asked.take(tested), both.take(_pairs_of(tested)))
     if "linear head" in config.beside:
@@ -223,7 +223,7 @@ def judge_cases_job(
         of = (cases.cases, chat.tokenizer, config.training.max_tokens, config.training.ner)
         asked, both = case_task(*of), case_task(*of, both=True)
         table = {}
-        for name, rows in _untrained_rows(config, chat, cases, asked, both, won, fold, tested):
+        for name, rows in _rows_beside(config, chat, cases, asked, both, won, fold, tested):
             table[name] = rows.assign(place=tested)
         for name, rows in _trained_rows(config, chat, asked, both, fold, out, progress):
             table[name] = rows.groupby("place", as_index=False)[["chance", *_BOTH[:3]]].mean()

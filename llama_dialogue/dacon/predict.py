@@ -55,6 +55,10 @@ def predict_file(
     "Label every row of a file."
     if Path(out).is_dir():
         raise InputError(f"{out}: a folder: need a file, e.g. {Path(out) / 'submission.csv'}")
+    if not (Path(model) / "answers.json").is_file():
+        raise InputError(
+            f"{model}: nothing of `llama-dialogue dacon train` there: need its folder, e.g. runs/answers"
+        )
     check_writable(Path(out).parent)
     tuned = load_answers(model, chat)
     bar = "judging" if progress else ""

@@ -15,8 +15,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.paths import find_corpus, sample_dir, sha256_file
-from .cases import Case, read_table
+from ..core.paths import sha256_file
+from .cases import Case, find_table, read_table
 from .parties import SPACY, find_parties
 from .questions import ANSWERS, Question, ask_about, ask_about_both, case_prompt, fit_text
 
@@ -30,6 +30,7 @@ class Task:
     labels: tuple[str, ...]  # C
     answers: tuple[str, ...] | None = None  # N, of the labels; None: not known
     questions: tuple[Question, ...] = ()  # N, of cases
+    lead: str = ""  # what stands between a prompt and its label, read with the label
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,7 +76,7 @@ def text_prompt(
     text: str,
 ) -> str:  # the label is what follows
     "Write the text that a label follows."
-    return f"{column} : {text} Label : "
+    return f"{column} : {text} Label :"
 
 
 def read_texts(
@@ -85,7 +86,7 @@ def read_texts(
     labelled: bool = True,  # False: do not look at the labels
 ) -> tuple[list[str], list[str] | None, str]:  # texts, labels, sha256 of the file
     "Read texts and labels, and refuse what is not whole."
-    path = sample_dir() / "messages.csv" if str(path) == "sample" else find_corpus(path)
+    path = find_table(path, "messages.csv")
     columns = (text_column, label_column) if labelled else (text_column,)
     table = read_table(path, columns)
     for name in columns:
@@ -111,7 +112,7 @@ def text_task(
     write = partial(text_prompt, text_column)
     prompts = tuple(write(fit_text(tokenizer, text, write, max_tokens)) for text in texts)
     ids = tuple(str(number) for number in range(1, len(prompts) + 1))
-    return Task(ids, prompts, tuple(labels), tuple(answers) if answers is not None else None)
+    return Task(ids, prompts, tuple(labels), tuple(answers) if answers is not None else None, lead=" ")
 
 # %% ../../nbs/dacon/32_tasks.ipynb #da320014
 def encode_task(
@@ -121,7 +122,7 @@ def encode_task(
     "Tokenize prompts, and every label behind each of them."
     prompts = tokenizer(list(task.prompts), add_special_tokens=False).input_ids
     whole = [
-        tokenizer([p + label for label in task.labels], add_special_tokens=False).input_ids
+        tokenizer([p + task.lead + label for label in task.labels], add_special_tokens=False).input_ids
         for p in task.prompts
     ]
     for ids, rows in zip(prompts, whole, strict=True):
