@@ -80,7 +80,9 @@ class DemoConfig(GridConfig):
     name: str = ""  # of the record; "": that of the corpus
     model: str = SPEAKER
     decoding: GenerationConfig = TALK_DECODING
-    contexts: ContextConfig = ContextConfig(n=12)
+    contexts: ContextConfig = ContextConfig(
+        split="test", share=None, n=12
+    )  # the speaker learned from the others
     shard_size: int = 12
     cells: tuple[dict, ...] = (
         {"method": "none"},
