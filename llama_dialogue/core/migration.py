@@ -273,6 +273,7 @@ def _demo(stored: dict) -> dict:
     best = {key: own[key] for key in ("best_of",) if key in own}
     nested |= {"cells": [_cell({"method": name} | best) for name in methods], "seeds": [config["seed"]]}
     nested["contexts"]["share"] = "steer"
+    nested.setdefault("decoding", {})["top_p"] = 1.0  # not written then, and not the demo's default today
     notes = stored.get("notes", "")
     hashes = notes.removeprefix("sha256: ").split(", ") if notes.startswith("sha256: ") else []
     shas = {what.removesuffix(" by"): sha for what, sha in (part.rsplit(" ", 1) for part in hashes)}
