@@ -102,7 +102,7 @@ def test_predict_before_training_writes_nothing(tmp_path, capsys):
     sheet = tmp_path / "submission.csv"
     predict = ["dacon", "predict", "--model", str(tmp_path / "none"), "--test", "sample", "--out", str(sheet)]
     code, _, err = run(predict, capsys)
-    assert code == 2 and "no answers.json there" in err and not sheet.exists()
+    assert code == 2 and "nothing of `llama-dialogue dacon train` there" in err and not sheet.exists()
 
 
 def test_another_base_or_another_number_of_virtual_tokens(trained, tmp_path, tiny):
