@@ -9,7 +9,7 @@ __all__ = ['AnswerModel', 'load_answers', 'train_answers_job']
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +20,19 @@ from torch import Tensor
 
 from llama_dialogue.core.artifacts import (
     artifact_folder,
-    check_made_for,
-    load_artifact,
     model_card,
-    save_artifact,
 )
 from ..core.errors import InputError
 from ..core.generation import Past
-from ..core.models import ChatModel, load_chat_model
-from ..core.paths import sha256_file, sha256_text
+from ..core.models import ChatModel
+from ..core.paths import sha256_text
 from ..core.records import RunRecord, start_run
-from ..core.training import seeded_training
 from .answers import label_chances, label_scores
 from .cases import need_both_outcomes, read_cases
 from .configs import AnswerConfig
 from .tasks import Task, case_task, encode_task, read_texts, text_task
-from ..sft.adapters import _WEIGHTS, _copy_model, _no_warnings, save_peft_config, wrap_stored
-from ..sft.data import SequenceSets, _tokens
-from ..sft.soft_prompts import new_tuned_model, soft_past
+from ..sft.data import SequenceSets, _tokens, is_held
+from ..sft.soft_prompts import load_tuned, save_tuned, tuned_network, tuned_sha256
 from llama_dialogue.sft.training import (
     _check_machine,
     _checkpoint_home,
@@ -107,11 +102,6 @@ def answer_rows(
     return rows
 
 # %% ../../nbs/dacon/65_tuning.ipynb #da650012
-def _is_held(text: str, share: float) -> bool:
-    "Tell whether a text is for validation."
-    return int(sha256_text(text)[:8], 16) / 2**32 < share
-
-
 def load_task(
     config: AnswerConfig,
     chat: ChatModel,
@@ -134,7 +124,7 @@ def answer_sets(
     corpus: dict,  # name and sha256 of the file
 ) -> SequenceSets:
     "Split a task into what is learned and what the loss is measured on."
-    held = [_is_held(prompt, config.validation) for prompt in task.prompts]
+    held = [is_held(prompt, config.validation) for prompt in task.prompts]
     parts = [task.take([i for i, own in enumerate(held) if own == kept]) for kept in (False, True)]
     if not all(map(len, parts)):
         raise InputError(
@@ -175,32 +165,9 @@ def load_answers(
     dtype: str = "auto",  # of a base that is loaded by its name
 ) -> AnswerModel:
     "Load what learned to answer."
-    stored = load_artifact(folder, "answers", None, ("base", "labels", "form"), _WEIGHTS)
-    chat = chat or load_chat_model(stored["base"]["name"], dtype)
-    check_made_for(chat, stored["base"]["sha256"], f"llama-dialogue dacon train --model {chat.name}")
-    with seeded_training(0), _no_warnings():
-        network = wrap_stored(_copy_model(chat.model), folder, stored["tensors"])
-    name, model, past = f"{chat.name}+{stored['name']}", chat.model, ()
-    if network.active_peft_config.is_prompt_learning:
-        past = tuple(tuple(t.to(chat.dtype) for t in pair) for pair in soft_past(network))
-    else:
-        model = network.get_base_model().eval().requires_grad_(False)
-    sha256 = sha256_text(chat.sha256 + sha256_file(Path(folder) / _WEIGHTS))
-    tuned = replace(chat, model=model, name=name, sha256=sha256)
-    return AnswerModel(tuned, past, tuple(stored["labels"]), stored["form"], sha256)
-
-
-def _save(
-    folder: Path, network, chat: ChatModel, task: Task, config: AnswerConfig, weights: dict | None
-) -> None:
-    "Write what was trained into a folder, with peft's own files."
-    from peft import get_peft_model_state_dict
-
-    form = {"text_column": config.text_column, "max_tokens": config.max_tokens, "ner": config.ner}
-    about = {"base": {"name": chat.name, "sha256": chat.sha256}, "labels": list(task.labels), "form": form}
-    tensors = get_peft_model_state_dict(network, weights, save_embedding_layers=False)
-    add = functools.partial(save_peft_config, network)
-    save_artifact(folder, "answers", tensors, about, None, _WEIGHTS, add)
+    how = (("labels", "form"), "llama-dialogue dacon train", chat, dtype)
+    tuned, past, stored = load_tuned(folder, "answers", *how)
+    return AnswerModel(tuned, past, tuple(stored["labels"]), stored["form"], tuned.sha256)
 
 # %% ../../nbs/dacon/65_tuning.ipynb #da650016
 _LIMITS = (
@@ -221,13 +188,6 @@ def _card(record: RunRecord) -> str:  # Markdown
     ]
     rows, scores = {"validation": "validation"}, ("start", "loss", "perplexity")
     return model_card(record, f"Answers of {base}", sections, rows, scores, _LIMITS)
-
-
-def _new_network(chat: ChatModel, config: AnswerConfig):
-    "Put what is trained around a copy of a model."
-    network = new_tuned_model(chat, config.tuning)
-    network.get_base_model().set_attn_implementation(config.attention)
-    return network
 
 # %% ../../nbs/dacon/65_tuning.ipynb #da650017
 def train_answers_job(
@@ -252,14 +212,16 @@ def train_answers_job(
         record.add_input("data", corpus)
         record.details |= {"data": sets.report}
         home = _checkpoint_home(training, out, record.inputs)
+        form = {"text_column": config.text_column, "max_tokens": config.max_tokens, "ner": config.ner}
+        about = {"labels": list(task.labels), "form": form}
         _fit(
-            functools.partial(_new_network, chat, config),
-            lambda network, weights: _save(out, network, chat, task, config, weights),
+            functools.partial(tuned_network, chat, config),
+            lambda network, weights: save_tuned(out, "answers", network, chat, about, weights),
             *(chat, sets, training, home, record, progress, state, _trainer(config.facts_weight)),
         )
         tuned = load_answers(out, chat) if alone else None
-        sha256 = sha256_text(chat.sha256 + sha256_file(out / _WEIGHTS))
-        record.details["artefact"] = {"name": f"{chat.name}+{out.resolve().name}", "sha256": sha256}
+        name = f"{chat.name}+{out.resolve().name}"
+        record.details["artefact"] = {"name": name, "sha256": tuned_sha256(chat, out)}
     if main:
         _finish(record, config, _card(record), out)
     return tuned, record

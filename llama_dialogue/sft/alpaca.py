@@ -13,21 +13,16 @@ from pathlib import Path
 
 from llama_dialogue.core.artifacts import (
     artifact_folder,
-    check_made_for,
-    load_artifact,
     model_card,
-    save_artifact,
 )
 from ..core.errors import InputError
 from ..core.generation import Past, generate
 from ..core.generation_config import GenerationConfig
-from ..core.models import ChatModel, load_chat_model
-from ..core.paths import sha256_file, sha256_text
+from ..core.models import ChatModel
+from ..core.paths import sha256_file
 from ..core.records import RunRecord, start_run
-from ..core.training import seeded_training
-from .adapters import _WEIGHTS, _copy_model, _no_warnings, save_peft_config, wrap_stored
 from .alpaca_configs import AlpacaConfig
-from .data import SequenceSets, _tokens
+from .data import SequenceSets, _tokens, is_held
 from llama_dialogue.sft.instructions import (
     Instruction,
     alpaca_prompt,
@@ -35,7 +30,7 @@ from llama_dialogue.sft.instructions import (
     instructions_file,
     load_instructions,
 )
-from .soft_prompts import new_tuned_model, soft_past
+from .soft_prompts import load_tuned, save_tuned, tuned_network, tuned_sha256
 from llama_dialogue.sft.training import (
     _check_machine,
     _checkpoint_home,
@@ -46,18 +41,15 @@ from llama_dialogue.sft.training import (
 )
 
 # %% ../../nbs/sft/77_alpaca.ipynb #al000007
-def _is_held(record: Instruction, share: float) -> bool:
-    "Tell whether a record is for validation."
-    return int(sha256_text(record.instruction)[:8], 16) / 2**32 < share
-
-
 def load_instruction_sets(
     config: AlpacaConfig,
     tokenizer,  # of the model
 ) -> SequenceSets:
     "Read a file of instructions and turn it into sequences."
     records, place = load_instructions(config.data), instructions_file(config.data)
-    parts = [[r for r in records if _is_held(r, config.validation) == held] for held in (False, True)]
+    parts = [
+        [r for r in records if is_held(r.instruction, config.validation) == held] for held in (False, True)
+    ]
     train, held = (instruction_sequences(part, tokenizer, config.max_tokens) for part in parts)
     if not train or not held:
         few = "training" if not train else "validation"
@@ -84,30 +76,15 @@ class InstructedChat:
     sha256: str  # of base and adapter
 
 
-def _sha256(chat: ChatModel, folder: Path) -> str:
-    "Name a base and what was tuned on it."
-    return sha256_text(chat.sha256 + sha256_file(folder / _WEIGHTS))
-
-
 def load_instructed(
     folder: Path | str,  # of `train_alpaca_job`
     chat: ChatModel | None = None,  # the base, stays as it is; None: loaded by its name
     dtype: str = "auto",  # of a base that is loaded by its name
 ) -> InstructedChat:
     "Load what was tuned on instructions."
-    stored = load_artifact(folder, "instructed", None, ("base", "kind_of_tuning"), _WEIGHTS)
-    chat = chat or load_chat_model(stored["base"]["name"], dtype)
-    check_made_for(chat, stored["base"]["sha256"], f"llama-dialogue alpaca train --model {chat.name}")
-    with seeded_training(0), _no_warnings():
-        network = wrap_stored(_copy_model(chat.model), folder, stored["tensors"])
-    sha256 = _sha256(chat, Path(folder))
-    named = replace(chat, name=f"{chat.name}+{stored['name']}", sha256=sha256)
-    model, past = chat.model, ()
-    if network.active_peft_config.is_prompt_learning:
-        past = tuple(tuple(t.to(chat.dtype) for t in pair) for pair in soft_past(network))
-    else:
-        model = network.get_base_model().eval().requires_grad_(False)
-    return InstructedChat(replace(named, model=model), past, stored["kind_of_tuning"], sha256)
+    how = (("kind_of_tuning",), "llama-dialogue alpaca train", chat, dtype)
+    tuned, past, stored = load_tuned(folder, "instructed", *how)
+    return InstructedChat(tuned, past, stored["kind_of_tuning"], tuned.sha256)
 
 
 def follow(
@@ -146,23 +123,6 @@ def _card(record: RunRecord) -> str:  # Markdown
     return model_card(record, f"Instructions for {base}", sections, rows, scores, _LIMITS)
 
 
-def _new_network(chat: ChatModel, config: AlpacaConfig):
-    "Put what is trained around a copy of a model."
-    network = new_tuned_model(chat, config.tuning)
-    network.get_base_model().set_attn_implementation(config.attention)
-    return network
-
-
-def _save(folder: Path, network, chat: ChatModel, config: AlpacaConfig, weights: dict | None) -> None:
-    "Write what was trained into a folder, with peft's own files."
-    from peft import get_peft_model_state_dict
-
-    about = {"base": {"name": chat.name, "sha256": chat.sha256}, "kind_of_tuning": config.tuning.kind}
-    tensors = get_peft_model_state_dict(network, weights, save_embedding_layers=False)
-    add = functools.partial(save_peft_config, network)
-    save_artifact(folder, "instructed", tensors, about, None, _WEIGHTS, add)
-
-
 def train_alpaca_job(
     config: AlpacaConfig,
     out: Path | str,  # folder of what is trained
@@ -185,14 +145,15 @@ def train_alpaca_job(
         if config.switched_off and progress and main:
             print(f"{' and '.join(config.switched_off)} switched off: not possible with {config.tuning.kind}")
         home = _checkpoint_home(config, out, record.inputs)
+        about = {"kind_of_tuning": config.tuning.kind}
         _fit(
-            functools.partial(_new_network, chat, config),
-            lambda network, weights: _save(out, network, chat, config, weights),
+            functools.partial(tuned_network, chat, config),
+            lambda network, weights: save_tuned(out, "instructed", network, chat, about, weights),
             *(chat, sets, training, home, record, progress, state),
         )
         instructed = load_instructed(out, chat) if alone else None
         name = f"{chat.name}+{out.resolve().name}"
-        record.details["artefact"] = {"name": name, "sha256": _sha256(chat, out)}
+        record.details["artefact"] = {"name": name, "sha256": tuned_sha256(chat, out)}
     if main:
         _finish(record, config, _card(record), out)
     return instructed, record
