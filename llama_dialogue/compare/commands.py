@@ -286,9 +286,14 @@ DEMO = Job(
 @click.option("--figures", help="Folder of the figure, if not beside the record.")
 @job_options(DEMO)
 def demo(figures, **options):
-    """Steer replies towards each class with every method; print a table, write a figure."""
+    """Steer replies towards each class with every method; print a table, write a figure.
+
+    The contexts are test dialogues of the sample corpus, or any dialogues of another corpus.
+    """
     if (seed := options["contexts__seed"]) is not None:
         options["seeds"] = [seed]
+    if options["config_file"] is None and options["contexts__data"] not in (None, "sample"):
+        options["assignments"] = ("contexts.split=null", *options["assignments"])  # the speaker saw none of it
     run_command(replace(DEMO, run=partial(_run_demo, figures=figures)), options)
 
 # %% ../../nbs/compare/90_commands.ipynb #c9000014
