@@ -293,7 +293,10 @@ def demo(figures, **options):
     if (seed := options["contexts__seed"]) is not None:
         options["seeds"] = [seed]
     if options["config_file"] is None and options["contexts__data"] not in (None, "sample"):
-        options["assignments"] = ("contexts.split=null", *options["assignments"])  # the speaker saw none of it
+        options["assignments"] = (
+            "contexts.split=null",
+            *options["assignments"],
+        )  # the speaker saw none of it
     run_command(replace(DEMO, run=partial(_run_demo, figures=figures)), options)
 
 # %% ../../nbs/compare/90_commands.ipynb #c9000014

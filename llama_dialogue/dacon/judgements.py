@@ -8,7 +8,7 @@ __all__ = ['judge_cases_job']
 # %% ../../nbs/dacon/70_judgements.ipynb #da700003
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +54,36 @@ _BOTH = ("first", "second", "pair", "contradict")
 
 
 def _judge(chat: ChatModel, asked: Task, both: Task, past=(), label: str = "") -> pd.DataFrame:
-    "Judge cases by the logits of yes and no."
-    yes = [label_chances(label_scores(chat, task, past, progress=label))[:, 0] for task in (asked, both)]
-    return pd.DataFrame({"chance": _asked_chances(asked, yes[0]), **pair_chances(yes[1])})
+    "Judge cases by the logits of yes and no; a question that is one of both is read once."
+    yes = label_chances(label_scores(chat, asked + both, past, progress=label))[:, 0]
+    return pd.DataFrame(
+        {"chance": _asked_chances(asked, yes[: len(asked)]), **pair_chances(yes[len(asked) :])}
+    )
 
 
 def _pairs_of(places: Sequence[int]) -> list[int]:
     "Find the two questions about each case."
     return [2 * i + side for i in places for side in (0, 1)]
+
+
+def _base(chat: ChatModel) -> tuple[str, str]:
+    "Tell bases apart."
+    return chat.sha256, str(chat.dtype)
+
+
+def _kept(
+    out: Path,
+    on: Sequence,  # what the rows depend on
+    make: Callable[[], pd.DataFrame],
+) -> pd.DataFrame:
+    "Read rows that were made before, or make and keep them."
+    part = out / "parts" / f"{sha256_text(json.dumps(on))[:16]}.parquet"
+    if not part.is_file():
+        rows = make()
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(part) as temporary:
+            rows.to_parquet(temporary)
+    return pd.read_parquet(part)
 
 
 def _trained_part(
@@ -76,19 +98,15 @@ def _trained_part(
 ) -> pd.DataFrame:
     "Train on the other folds and judge one, or read what was judged before."
     learned, tested = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-    told = [config.to_dict(), chat.sha256, str(chat.dtype), asked.take(learned).ids, asked.take(tested).ids]
-    part = out / "parts" / f"{sha256_text(json.dumps(told))[:16]}.parquet"
-    if part.is_file():
-        return pd.read_parquet(part)
-    home = out / "tuned"
-    tuned, record = train_answers_job(config, home, None, bool(label), chat, asked.take(learned))
-    rows = _judge(tuned.chat, asked.take(tested), both.take(_pairs_of(tested)), tuned.past, label)
-    rows = rows.assign(place=tested, loss=record.scores["validation"]["loss"], seconds=record.seconds)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(part) as temporary:
-        rows.to_parquet(temporary)
-    shutil.rmtree(home)
-    return rows
+    home, own = out / "tuned", asked.take(tested)
+
+    def make() -> pd.DataFrame:
+        tuned, record = train_answers_job(config, home, None, bool(label), chat, asked.take(learned))
+        rows = _judge(tuned.chat, own, both.take(_pairs_of(tested)), tuned.past, label)
+        shutil.rmtree(home)
+        return rows.assign(place=tested, loss=record.scores["validation"]["loss"], seconds=record.seconds)
+
+    return _kept(out, [config.to_dict(), *_base(chat), asked.take(learned).ids, own.ids], make)
 
 # %% ../../nbs/dacon/70_judgements.ipynb #da700011
 def mean_states(
@@ -140,10 +158,15 @@ def _draw(config: JudgementConfig) -> Cases:
     return cases
 
 
-def _rows_beside(config: JudgementConfig, chat, cases, asked, both, won, fold, tested) -> Iterator[tuple]:
+def _rows_beside(
+    config: JudgementConfig, chat, cases, asked, both, won, fold, tested, out: Path, progress: bool
+) -> Iterator[tuple]:
     "Judge the tested cases by rows that tune no language model."
+    own, pairs = asked.take(tested), both.take(_pairs_of(tested))
     if "zero-shot" in config.beside:
-        yield "zero-shot", _judge(chat, asked.take(tested), both.take(_pairs_of(tested)))
+        label = "zero-shot" if progress else ""
+        on = ["zero-shot", *_base(chat), config.training.max_tokens, config.training.ner, own.ids]
+        yield "zero-shot", _kept(out, on, lambda: _judge(chat, own, pairs, label=label))
     if "linear head" in config.beside:
         chance = _head_chances(mean_states(chat, asked), won, fold, tested, config.seed)
         yield "linear head", pd.DataFrame({"chance": chance})
@@ -160,7 +183,7 @@ def _trained_rows(
         parts = []
         for number in config.folds or range(config.num_folds):
             for seed in config.seeds:
-                own = training.override([f"seed={seed}", f"name={json.dumps(f'{config.name}-{name}')}"])
+                own = training.override([f"seed={seed}", f"name={config.name}"])
                 label = f"{name}, fold {number}, seed {seed}" if progress else ""
                 parts.append(
                     _trained_part(own, chat, asked, both, fold, number, out, label).assign(seed=seed)
@@ -223,7 +246,8 @@ def judge_cases_job(
         of = (cases.cases, chat.tokenizer, config.training.max_tokens, config.training.ner)
         asked, both = case_task(*of), case_task(*of, both=True)
         table = {}
-        for name, rows in _rows_beside(config, chat, cases, asked, both, won, fold, tested):
+        beside = _rows_beside(config, chat, cases, asked, both, won, fold, tested, out, progress)
+        for name, rows in beside:
             table[name] = rows.assign(place=tested)
         for name, rows in _trained_rows(config, chat, asked, both, fold, out, progress):
             table[name] = rows.groupby("place", as_index=False)[["chance", *_BOTH[:3]]].mean()

@@ -47,6 +47,15 @@ class Task:
         }
         return replace(self, **columns)
 
+    def __add__(
+        self,
+        other: "Task",  # with the same labels
+    ) -> "Task":
+        "Put the prompts of another task behind."
+        names = ("ids", "prompts", "answers", "questions")
+        columns = {name: (*own, *getattr(other, name)) for name in names if (own := getattr(self, name))}
+        return replace(self, **columns)
+
 # %% ../../nbs/dacon/32_tasks.ipynb #da320008
 def case_task(
     cases: Sequence[Case],
