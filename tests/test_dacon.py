@@ -1,9 +1,13 @@
 """Judgements: what is wrong with a file is one line, a killed training goes on, soft prompts keep their own size."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
+import torch
 from shell import run
 
 from llama_dialogue.core.errors import InputError
@@ -118,9 +122,27 @@ def test_another_base_or_another_number_of_virtual_tokens(trained, tmp_path, tin
         load_answers(other, tiny)
 
 
-def test_an_interrupted_training_ends_as_an_undisturbed_one(tmp_path, tiny, monkeypatch):
-    from llama_dialogue.dacon import tuning
+KILLED = """
+import os, signal, sys
+from llama_dialogue.core.models import tiny_chat_model
+from llama_dialogue.dacon import tuning
+from llama_dialogue.dacon.configs import AnswerConfig
 
+loss = tuning._AnswerTrainer.compute_loss
+
+
+def killed(self, model, inputs, *args, **kwargs):
+    if self.model.training and self.state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(self, model, inputs, *args, **kwargs)
+
+
+tuning._AnswerTrainer.compute_loss = killed
+tuning.train_answers_job(AnswerConfig.from_yaml(sys.argv[1]), sys.argv[2], None, False, tiny_chat_model())
+"""
+
+
+def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, tiny):
     config = AnswerConfig.from_dict(
         {
             "steps": 6,
@@ -131,22 +153,26 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(tmp_path, tiny, monk
         }
     )
     whole, _ = train_answers_job(config, tmp_path / "whole", None, False, tiny)
-    steps, loss = [], tuning._AnswerTrainer.compute_loss
-
-    def killed(self, model, inputs, *args, **kwargs):
-        steps.append(self.state.global_step)
-        if self.model.training and self.state.global_step == 4:
-            raise KeyboardInterrupt
-        return loss(self, model, inputs, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tuning._AnswerTrainer, "compute_loss", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_answers_job(config, tmp_path / "cut", None, False, tiny)
+    (tmp_path / "config.yaml").write_text(json.dumps(config.to_dict()))
+    how = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), str(tmp_path / "cut")]
+    assert subprocess.run(how, capture_output=True).returncode == -signal.SIGKILL
     again, record = train_answers_job(config, tmp_path / "cut", None, False, tiny)
     assert record.details["resumed_from"] == 4
     for one, other in zip(whole.past, again.past, strict=True):
-        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+
+
+def test_three_labels(tmp_path, tiny):
+    table = pd.read_csv(sample_dir() / "messages.csv")
+    table.loc[table.text.str.contains(r"\?"), "label"] = "question"
+    table.to_csv(tmp_path / "three.csv", index=False)
+    of_table = {"data": str(tmp_path / "three.csv"), "text_column": "text", "label_column": "label"}
+    config = AnswerConfig.from_dict(of_table | {"steps": 2, "validation": 0.3})
+    tuned, record = train_answers_job(config, tmp_path / "three", None, False, tiny)
+    assert tuned.labels == ("complaint", "no complaint", "question")
+    assert set(record.details["data"]["answers"]["train"]) == set(tuned.labels)
+    written = predict_file(tmp_path / "three", of_table["data"], tmp_path / "out.csv", True, chat=tiny)
+    assert set(written.label) <= set(tuned.labels) and written.probability.between(1 / 3, 1).all()
 
 
 def test_any_table_of_texts(tmp_path, tiny):
