@@ -6,7 +6,7 @@
 __all__ = ['ACT', 'EMOTION', 'Target', 'get_target']
 
 # %% ../../nbs/core/34_targets.ipynb #t0000004
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import InputError, check_choice
 from .plugins import list_plugins, load_plugin
@@ -18,11 +18,18 @@ class Target:
 
     name: str  # e.g. "act"; also the attribute of a `Turn` that holds its label, where there is one
     classes: tuple[str, ...]  # C names; their ids are 0..C-1
+    instructions: tuple[str, ...] = field(
+        default=(), compare=False
+    )  # C sentences for a system prompt; (): none
 
     def __post_init__(self):
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
             raise InputError(
                 f"classes={list(self.classes)}: need two or more different names, e.g. ['polite', 'blunt']"
+            )
+        if self.instructions and len(self.instructions) != len(self.classes):
+            raise InputError(
+                f"{len(self.instructions)} instructions for {len(self.classes)} classes: need one for each, or none"
             )
 
     def check(
@@ -44,8 +51,29 @@ ACTS = ("inform", "question", "directive", "commissive")
 EMOTIONS = ("no_emotion", "anger", "disgust", "fear", "happiness", "sadness", "surprise")
 
 # %% ../../nbs/core/34_targets.ipynb #6c8df9f1
-ACT = Target("act", ACTS)
-EMOTION = Target("emotion", EMOTIONS)
+ACT = Target(
+    "act",
+    ACTS,
+    (
+        "In your next turn, tell something: state a fact, an opinion or a feeling. Do not ask anything.",
+        "In your next turn, ask a question: seek to learn something that you do not know.",
+        "In your next turn, ask or advise the other person to do something: a request, a suggestion, a command.",
+        "In your next turn, commit yourself: promise or offer to do something, or accept or refuse what was asked.",
+    ),
+)
+EMOTION = Target(
+    "emotion",
+    EMOTIONS,
+    (
+        "In your next turn, stay calm and matter-of-fact: show no feeling.",
+        "In your next turn, be angry: let the other person hear that something annoys you.",
+        "In your next turn, be disgusted: let the other person hear how repelled you are.",
+        "In your next turn, be afraid: let the other person hear what worries or frightens you.",
+        "In your next turn, be happy: let the other person hear how pleased you are.",
+        "In your next turn, be sad: let the other person hear what hurts or disappoints you.",
+        "In your next turn, be surprised: let the other person hear that you did not expect this.",
+    ),
+)
 
 # %% ../../nbs/core/34_targets.ipynb #t0000011
 def get_target(

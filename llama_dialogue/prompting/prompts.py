@@ -41,21 +41,6 @@ SYSTEM_PROMPTS = {
     ),
 }
 
-# %% ../../nbs/prompting/10_prompts.ipynb #41b9e4ce
-_INSTRUCTIONS = {
-    "inform": "In your next turn, tell something: state a fact, an opinion or a feeling. Do not ask anything.",
-    "question": "In your next turn, ask a question: seek to learn something that you do not know.",
-    "directive": "In your next turn, ask or advise the other person to do something: a request, a suggestion, a command.",
-    "commissive": "In your next turn, commit yourself: promise or offer to do something, or accept or refuse what was asked.",
-    "no_emotion": "In your next turn, stay calm and matter-of-fact: show no feeling.",
-    "anger": "In your next turn, be angry: let the other person hear that something annoys you.",
-    "disgust": "In your next turn, be disgusted: let the other person hear how repelled you are.",
-    "fear": "In your next turn, be afraid: let the other person hear what worries or frightens you.",
-    "happiness": "In your next turn, be happy: let the other person hear how pleased you are.",
-    "sadness": "In your next turn, be sad: let the other person hear what hurts or disappoints you.",
-    "surprise": "In your next turn, be surprised: let the other person hear that you did not expect this.",
-}
-
 # %% ../../nbs/prompting/10_prompts.ipynb #41b9e4cf
 def class_instruction(
     target: Target | str,  # e.g. "act"
@@ -63,9 +48,10 @@ def class_instruction(
 ) -> str:  # one sentence
     "Put into words what a reply of a class should do."
     target = get_target(target)
-    if target.name in ("act", "emotion"):
-        return _INSTRUCTIONS[target.check(name)]
-    return f"In your next turn, answer so that the {target.name} of what you say is: {target.check(name)}."
+    place = target.classes.index(target.check(name))
+    if target.instructions:
+        return target.instructions[place]
+    return f"In your next turn, answer so that the {target.name} of what you say is: {name}."
 
 # %% ../../nbs/prompting/10_prompts.ipynb #f90bd579
 def make_messages(

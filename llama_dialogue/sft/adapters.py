@@ -156,7 +156,7 @@ def save_adapter(
     about = {
         "base": {"name": chat.name, "sha256": chat.sha256},
         "template": asdict(template),
-        "target": asdict(target),
+        "target": {"name": target.name, "classes": target.classes},
         "system": system,
         "tag_ids": tag_ids(chat.tokenizer, template, target),
     }
