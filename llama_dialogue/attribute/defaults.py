@@ -109,9 +109,9 @@ def default_head(
 ) -> AttributeHead:
     "Give the head for a chat model: shipped, or trained on the sample corpus at the first call."
     target = get_target(target)
-    _check_labelled(target)
     if shipped := _shipped_head(chat, target, system):
         return shipped
+    _check_labelled(target)
     options = {"kind": "head", "target": target.name, "system": system, "model": chat.sha256}
     options |= {"dtype": str(chat.dtype), "data": _sample().sha256, "prefixes": _PREFIXES}
     return cached_default(

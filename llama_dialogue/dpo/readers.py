@@ -7,7 +7,7 @@ __all__ = ['axis_class', 'PersonaTurn', 'persona_examples', 'train_readers_job',
 
 # %% ../../nbs/dpo/25_readers.ipynb #dp250003
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..attribute.features import encode_replies, example_prompts, many_features
 from ..attribute.head import AttributeHead, HeadReader, fit_head
+from ..core.artifacts import model_card
 from ..core.classification import score_predictions, target_labels
 from ..core.dialogues import SPLITS, Example, Turn
 from ..core.errors import InputError
@@ -109,6 +110,25 @@ def fit_axis_heads(
         found[axis] = best[1], final[1], scores
     return found
 
+# %% ../../nbs/dpo/25_readers.ipynb #dp25card
+def _card(record: RunRecord, axis: str, kind: str) -> str:  # Markdown
+    "Describe a head."
+    target, column = AXIS_TARGETS[axis], "reader" if kind == "readers" else "final"
+    layer = f"layer {record.details['layers'][axis]}" if kind == "readers" else "the final layer"
+    base, answers = record.inputs["model"]["name"], record.details["answers"]
+    use = "reads an answer" if kind == "readers" else "is what steering methods follow"
+    told = (
+        f"A linear read-out of the hidden states of `{base}` ({layer}) that {use}: "
+        f"{' or '.join(target.classes)}. Trained on {answers['train']} written answers, {answers['validation']} others "
+        f"chose its settings, {answers['test']} answers to situations that it did not see measured it."
+    )
+    short = replace(record, scores={column: {"accuracy": record.scores[axis][column]}})
+    limits = (
+        "statements about people. The sides are those of a folk model of personality, the answers were written by a "
+        "language model, and chance is one half."
+    )
+    return model_card(short, f"{target.name} of an answer", [told], {column: column}, ("accuracy",), limits)
+
 # %% ../../nbs/dpo/25_readers.ipynb #dp250011
 def train_readers_job(
     config: ReaderConfig,
@@ -126,7 +146,7 @@ def train_readers_job(
     ) as record:
         chat = chat or load_chat_model(config.model, config.dtype)
         record.add_input("model", chat)
-        fitted = fit_axis_heads(chat, sets, config, config.name if progress else "")
+        fitted, folders = fit_axis_heads(chat, sets, config, config.name if progress else ""), []
         for axis, (reader, final, scores) in fitted.items():
             target = AXIS_TARGETS[axis]
             for kind, head in (("readers", reader), ("heads", final)):
@@ -134,9 +154,12 @@ def train_readers_job(
                     "test_accuracy": scores["reader" if kind == "readers" else "final"]["accuracy"].to_dict()
                 }
                 head.save_pretrained(Path(out) / kind / target.name)
+                folders.append((Path(out) / kind / target.name, axis, kind))
             record.scores[axis] = {name: own["accuracy"] for name, own in scores.items()}
             record.details.setdefault("layers", {})[axis] = reader.layer
         record.details["answers"] = {split: len(own) for split, own in sets.items()}
+    for folder, axis, kind in folders:
+        (folder / "README.md").write_text(_card(record, axis, kind), encoding="utf-8")
     readers = {axis: HeadReader(found[0], chat, AXIS_TARGETS[axis]) for axis, found in fitted.items()}
     return readers, record
 
