@@ -9,6 +9,7 @@ __all__ = ['answer_nll', 'preference_scores', 'base_divergence', 'train_persona_
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,7 @@ def _make_trainer(chat: ChatModel, parts: dict, config: PersonaConfig, home: Pat
         processing_class=chat.tokenizer,
         peft_config=lora_config(config.adapter, chat),
     )
+    trainer.model.save_pretrained = partial(trainer.model.save_pretrained, save_embedding_layers=False)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Clock(trainer))
     return trainer
