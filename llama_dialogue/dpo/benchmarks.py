@@ -68,6 +68,9 @@ def read_socialiqa(
     return [found[i] for i in np.linspace(0, len(found) - 1, min(n or len(found), len(found))).astype(int)]
 
 
+_ALL = 10**6  # columns: a vector goes into the tokens of the question, too
+
+
 def answer_socialiqa(
     subject: Subject,
     questions: list[dict],  # of `read_socialiqa`
@@ -76,7 +79,7 @@ def answer_socialiqa(
     chat, rows = subject.chat, pd.DataFrame({"right": [q["right"] for q in questions]})
     asked = [q["question"] for q in questions for _ in range(3)]
     token_ids = template_replies(chat.model, chat.tokenizer, [a for q in questions for a in q["answers"]])
-    with subject.edit():
+    with subject.edit(_ALL):
         reader = PromptReader(chat.model, chat.tokenizer)
         nll, tokens = reader.score(subject.prompts(asked), token_ids)
         alone, _ = reader.score(subject.prompts(["..."] * len(asked)), token_ids)

@@ -170,12 +170,16 @@ class SubjectConfig(Config):
 
     adapter: str | None = None  # folder of `llama-dialogue dpo train`; None: the base
     prompt: str | None = None  # type whose system prompt is added
+    vector: float = 0.0  # strength of the type's vector, in lengths of a typical hidden state; 0: none
+    layer: int = 15  # after which it is added
     type: str = ""  # the persona; "": none is compared
 
     def __post_init__(self):
         for name in ("prompt", "type"):
             if value := getattr(self, name):
                 object.__setattr__(self, name, check_type(value))
+        if self.vector and not self.type:
+            raise InputError(f"vector={self.vector}: of which type? need one, e.g. type=INFP")
 
 
 @frozen
@@ -189,6 +193,7 @@ class ScorecardConfig(Config):
     statements: str = "sample"  # a JSONL file
     situations: str = "sample"  # a JSONL file of open situations
     samples: int = 4  # answers to each
+    pairs: str = "sample"  # that vectors are estimated on
     decoding: GenerationConfig = replace(TALK_DECODING, max_new_tokens=60)
     readers: str | None = None  # folder of a training of readers; None: those that are shipped
     socialiqa: str = "socialiqa"  # a folder

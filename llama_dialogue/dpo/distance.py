@@ -28,7 +28,9 @@ def reply_distance(
     examples: Sequence[Example],  # human replies in their contexts
     system: str = "speaker",  # name of the system prompt of both
     instruction: str = "",  # put behind it for `chat` alone
-    edit: Callable[[], AbstractContextManager] = nullcontext,  # around the passes of `chat`
+    edit: Callable[
+        [int], AbstractContextManager
+    ] = nullcontext,  # of the last columns of the passes of `chat`
 ) -> (
     pd.DataFrame
 ):  # a row a reply: dialogue_id, tokens, kl and nats of both, same: places with one likeliest token
@@ -39,7 +41,7 @@ def reply_distance(
         for model, added, around in ((chat, instruction, edit), (base, "", nullcontext)):
             prompt = build_prompt(model.tokenizer, example.context, system, added)
             ids = model.tokenizer(prompt, add_special_tokens=False).input_ids + reply
-            with around():
+            with around(len(reply) + 1):
                 out = model.model(torch.tensor([ids], device=model.device), logits_to_keep=len(reply) + 1)
             logs.append(out.logits[0, :-1].double().log_softmax(-1))
         said = torch.tensor(reply, device=logs[0].device)[:, None]

@@ -43,6 +43,8 @@ class PersonaTurn(Turn):
     type: str = ""  # one of `TYPES`
 
     def __getattr__(self, name: str):
+        if name == "persona":
+            return self.type
         for axis, target in AXIS_TARGETS.items():
             if name == target.name:
                 return axis_class(self.type, axis)

@@ -8,6 +8,7 @@ __all__ = ['scorecard_job']
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700003
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ from llama_dialogue.dpo.benchmarks import (
     read_socialiqa,
     socialiqa_scores,
 )
-from .configs import ScorecardConfig
+from .configs import ScorecardConfig, SubjectConfig
 from .distance import distance_scores, draw_examples, reply_distance
 from llama_dialogue.dpo.open_answers import (
     axis_shift,
@@ -40,7 +41,7 @@ from llama_dialogue.dpo.questionnaire import (
     statement_table,
 )
 from .readers import load_readers
-from .subjects import Subject, load_subject
+from .subjects import Subject, load_subject, persona_vectors, with_vector
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700006
 def _questions(
@@ -104,6 +105,7 @@ def _asked(subject: Subject, part: str, ask: Callable, config: ScorecardConfig, 
         subject.base.sha256,
         subject.system,
         subject.instruction,
+        subject.edit_sha256,
     ]
     on += [values[key] for key in _DEPENDS[part]]
     path = out / "parts" / f"{part}-{sha256_text(json.dumps(on))[:16]}.parquet"
@@ -146,11 +148,15 @@ def _subjects(
 ) -> tuple[Subject, dict[str, Callable[[], Subject]]]:
     "Load the base, and say how each subject is loaded."
     base = load_subject(None, config.model, dtype=config.dtype, base=chat)
-    makers = {
-        name: lambda own=own: load_subject(own.adapter, prompt=own.prompt, base=base.base)
-        for name, own in config.subjects.items()
-    }
-    return base, {"base": lambda: base} | makers
+
+    def make(own: SubjectConfig) -> Subject:
+        subject = load_subject(own.adapter, prompt=own.prompt, base=base.base)
+        if not own.vector:
+            return subject
+        vectors = persona_vectors(subject.chat, own.type, config.pairs, [own.layer], subject.system)
+        return with_vector(subject, vectors, own.layer, own.vector)
+
+    return base, {"base": lambda: base} | {name: partial(make, own) for name, own in config.subjects.items()}
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700009
 def scorecard_job(
