@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from .safety import answer_safety, load_safety_judge, read_safety_prompts, safety_scores
 
 from ..core.models import ChatModel
 from ..core.paths import atomic_file, check_writable, sha256_text
@@ -71,6 +72,17 @@ def _questions(
         found["eqbench"] = lambda subject: answer_eqbench(
             subject, eq, how, config.seed, f"{subject.name}: EQ-Bench" if progress else ""
         )
+    if "safety" in config.parts:
+        prompts, judge = read_safety_prompts(config.prompts), load_safety_judge(base, config.safety_judge)
+        found["safety"] = lambda subject: answer_safety(
+            subject,
+            prompts,
+            judge,
+            config.decoding,
+            config.safety_samples,
+            config.seed,
+            f"{subject.name}: safety" if progress else "",
+        )
     if "lost" in config.parts:
         examples = draw_examples(config.lost)
         found["lost"] = lambda subject: reply_distance(
@@ -84,6 +96,7 @@ _SCORES = {
     "open": open_scores,
     "socialiqa": socialiqa_scores,
     "eqbench": eqbench_scores,
+    "safety": safety_scores,
     "lost": distance_scores,
 }
 _DEPENDS = {  # part -> keys of the config that its answers depend on
@@ -91,6 +104,7 @@ _DEPENDS = {  # part -> keys of the config that its answers depend on
     "open": ("situations", "samples", "decoding", "readers", "seed"),
     "socialiqa": ("socialiqa", "num_socialiqa"),
     "eqbench": ("eqbench", "num_eqbench", "decoding", "eqbench_tokens", "seed"),
+    "safety": ("prompts", "safety_judge", "safety_samples", "decoding", "seed"),
     "lost": ("lost",),
 }
 
