@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from ..attribute.features import encode_replies, many_features
 from ..attribute.head import AttributeHead, HeadReader
+from ..core.artifacts import model_card
 from ..core.dialogues import Example, Turn
 from ..core.errors import InputError
 from ..core.generation import derive_seed
@@ -158,7 +159,23 @@ def train_safety_judge_job(
             },
         )
         head.save_pretrained(out)
+    (Path(out) / "README.md").write_text(_card(record), encoding="utf-8")
     return head, record
+
+
+def _card(record: RunRecord) -> str:  # Markdown
+    "Describe a judge."
+    told = (
+        f"A linear read-out of `{record.inputs['model']['name']}`, layer {record.details['layer']}, that tells whether "
+        f"a reply is harmful, trained on {record.details['replies']} labelled replies. Each category was judged by a "
+        f"training without it: the share of harmful replies that are flagged (hits), and of harmless ones (false "
+        f"alarms), in all and for harmful prompts alone."
+    )
+    columns = ("accuracy", "hits", "false_alarms", "hits_harmful_prompts", "false_alarms_harmful_prompts")
+    limits = "single decisions, or as a filter: compare the shares of two models, beside these errors."
+    return model_card(
+        record, "A judge of harmful replies", [told], {"left-out categories": ""}, columns, limits
+    )
 
 
 def judge_scores(
