@@ -73,7 +73,7 @@ def train_personas_job(
     out = check_writable(out)
     if records is not None:
         check_writable(Path(records) / "dpo")
-    with start_run("dpo", config.name, config, folder=records, job="dpo-set") as record:
+    with start_run("dpo", config.name, config, config.training.seed, folder=records, job="dpo-set") as record:
         chat, parts = chat or _load_base(config.training.training()), []
         record.add_input("model", chat)
         for name, own in tqdm(config.trainings().items(), disable=not progress, desc=config.name):
