@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from .safety import answer_safety, load_safety_judge, read_safety_prompts, safety_scores
 
 from ..core.models import ChatModel
 from ..core.paths import atomic_file, check_writable, sha256_text
@@ -42,6 +41,7 @@ from llama_dialogue.dpo.questionnaire import (
     statement_table,
 )
 from .readers import load_readers
+from .safety import answer_safety, load_safety_judge, read_safety_prompts, safety_scores
 from .subjects import Subject, load_subject, persona_vectors, with_vector
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700006

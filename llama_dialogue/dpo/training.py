@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from .distance import distance_scores, draw_examples, reply_distance
 
 from ..core.artifacts import artifact_folder, model_card
 from ..core.contexts import ContextConfig
@@ -32,6 +31,7 @@ from llama_dialogue.core.training import (
     seeded_training,
 )
 from .configs import PersonaConfig
+from .distance import distance_scores, draw_examples, reply_distance
 from .pairs import Pair, load_pairs
 from ..prompting.prompts import build_prompt
 from llama_dialogue.sft.adapters import (
