@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.fingerprints import Fingerprints
 from ..core.models import ChatModel, load_chat_model
 from ..core.paths import sha256_file, sha256_text
-from ..core.targets import Target, get_target
+from ..core.targets import Target, get_target, stored_target
 from ..core.training import seeded_training
 from .configs import AdapterConfig
 from .templates import TagTemplate, add_tag_tokens, get_template, tag_tokens
@@ -217,9 +217,8 @@ def load_adapter(
     )
     chat = chat or load_chat_model(stored["base"]["name"], dtype)
     check_made_for(chat, stored["base"]["sha256"], f"llama-dialogue sft train --model {chat.name}")
-    template, target = (
-        _rebuild(kind, stored[k]) for kind, k in ((TagTemplate, "template"), (Target, "target"))
-    )
+    template = _rebuild(TagTemplate, stored["template"])
+    target = stored_target(stored["target"]["name"], stored["target"]["classes"])
     source = replace(chat, model=copy.deepcopy(chat.model)) if merge else chat
     tagged = add_tags(source, template, target)
     if tag_ids(tagged.tokenizer, template, target) != stored["tag_ids"]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..compare.methods import Input, Method, SteeringRequest
 from ..compare.plain_methods import NoOptions
 from ..core.errors import InputError
-from ..core.targets import Target
+from ..core.targets import stored_target
 
 if TYPE_CHECKING:
     from llama_dialogue.sft.adapters import TaggedChat
@@ -31,7 +31,7 @@ class Adapter:
 
         stored = load_artifact(folder, "adapter", None, ("base", "target"), _WEIGHTS)
         self.folder, self.name, self.base = str(folder), stored["name"], stored["base"]
-        self.target = Target(stored["target"]["name"], tuple(stored["target"]["classes"]))
+        self.target = stored_target(stored["target"]["name"], stored["target"]["classes"])
         self.classes, self.sha256 = self.target.classes, adapter_sha256(folder)
         self.train_replies = stored["train_replies"]  # fingerprints of what it learned, or None
         self._tuned = self._of = None
