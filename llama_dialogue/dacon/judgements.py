@@ -6,9 +6,8 @@
 __all__ = ['judge_cases_job']
 
 # %% ../../nbs/dacon/70_judgements.ipynb #da700003
-import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,8 @@ from jaxtyping import Float
 
 from ..core.errors import InputError
 from ..core.models import ChatModel
-from ..core.paths import atomic_file, check_writable, sha256_text
-from ..core.records import RunRecord, save_rows, start_run
+from ..core.paths import check_writable
+from ..core.records import RunRecord, kept_rows, save_rows, start_run
 from ..core.statistics import bootstrap_interval, holm
 from .answers import _batches, _read, label_chances, label_scores
 from .baselines import _fitted, baseline_chances
@@ -71,21 +70,6 @@ def _base(chat: ChatModel) -> tuple[str, str]:
     return chat.sha256, str(chat.dtype)
 
 
-def _kept(
-    out: Path,
-    on: Sequence,  # what the rows depend on
-    make: Callable[[], pd.DataFrame],
-) -> pd.DataFrame:
-    "Read rows that were made before, or make and keep them."
-    part = out / "parts" / f"{sha256_text(json.dumps(on))[:16]}.parquet"
-    if not part.is_file():
-        rows = make()
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(part) as temporary:
-            rows.to_parquet(temporary)
-    return pd.read_parquet(part)
-
-
 def _trained_part(
     config: AnswerConfig,
     chat: ChatModel,
@@ -106,7 +90,7 @@ def _trained_part(
         shutil.rmtree(home)
         return rows.assign(place=tested, loss=record.scores["validation"]["loss"], seconds=record.seconds)
 
-    return _kept(out, [config.to_dict(), *_base(chat), asked.take(learned).ids, own.ids], make)
+    return kept_rows(out / "parts", [config.to_dict(), *_base(chat), asked.take(learned).ids, own.ids], make)
 
 # %% ../../nbs/dacon/70_judgements.ipynb #da700011
 def mean_states(
@@ -166,7 +150,7 @@ def _rows_beside(
     if "zero-shot" in config.beside:
         label = "zero-shot" if progress else ""
         on = ["zero-shot", *_base(chat), config.training.max_tokens, config.training.ner, own.ids]
-        yield "zero-shot", _kept(out, on, lambda: _judge(chat, own, pairs, label=label))
+        yield "zero-shot", kept_rows(out / "parts", on, lambda: _judge(chat, own, pairs, label=label))
     if "linear head" in config.beside:
         chance = _head_chances(mean_states(chat, asked), won, fold, tested, config.seed)
         yield "linear head", pd.DataFrame({"chance": chance})

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from .configs import AnswerBenchConfig, AnswerConfig
 from .tuning import _trainer, answer_sets, load_task
 from ..sft.soft_prompts import tuned_network
 from ..sft.training import make_trainer
-from ..sft.training_bench import _seconds
+from ..sft.training_bench import _seconds, note_rounds
 
 # %% ../../nbs/dacon/68_training_bench.ipynb #da680006
 def _padded(rows: Sequence[dict], width: int, pad: int) -> dict[str, Tensor]:  # each [B, T]
@@ -104,14 +103,11 @@ def bench_answers_job(
             networks = _networks(config, ours, plain, replace(sets, train=parts[0]), Path(folder))
             _round(networks, parts[0][: of.batch_size], width, pad, of.seed)
             rounds = [_round(networks, part, width, pad, of.seed + i) for i, part in enumerate(parts)]
-        for name in rounds[0]:
-            values = [found[name] for found in rounds]
-            record.scores[name] = {"median": median(values), "least": min(values), "most": max(values)}
         lengths = [len(row["input_ids"]) for part in parts for row in part]
         record.details |= {
             "width": width,
             "mean_length": round(sum(lengths) / len(lengths), 1),
             "cases": size,
         }
-        record.details["rounds"] = [{k: round(v, 3) for k, v in found.items()} for found in rounds]
+        note_rounds(record, rounds)
     return record

@@ -6,7 +6,6 @@
 __all__ = ['read_open_situations', 'open_answers', 'read_answers', 'open_scores', 'axis_shift']
 
 # %% ../../nbs/dpo/55_open_answers.ipynb #dp550003
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ..core.generation_config import GenerationConfig
 from ..core.metrics import distinct_interval
 from ..core.paths import sample_dir
 from ..core.statistics import Interval, bootstrap_interval, paired_bootstrap, rate_interval
+from .pairs import json_lines
 from .personas import AXES, AXIS_TARGETS
 from .subjects import Subject
 from ..prompting.ai_talk import is_ai_talk
@@ -31,12 +31,10 @@ def read_open_situations(
 ) -> list[dict]:  # id, situation
     "Read situations without answers."
     path = sample_dir() / "open_situations.jsonl" if str(path) == "sample" else Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: not there: need a JSONL file of situations, e.g. sample")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if wrong := [i for i, row in enumerate(rows, 1) if not row.get("id") or not row.get("situation")]:
-        raise InputError(f"{path}, line {wrong[0]}: need id and situation")
-    return rows
+    rows = list(json_lines(path, "a JSONL file of situations, e.g. sample"))
+    if wrong := [place for place, row in rows if not row.get("id") or not row.get("situation")]:
+        raise InputError(f"{wrong[0]}: need id and situation")
+    return [row for _, row in rows]
 
 
 def open_answers(

@@ -37,18 +37,30 @@ def _shared_out(ids: Sequence[str]) -> dict[str, str]:  # id -> split
     return dict(zip(order, split, strict=True))
 
 # %% ../../nbs/dpo/20_pairs.ipynb #dp200008
-def _lines(path: Path) -> Iterator[tuple[str, dict]]:  # place, what stands there
-    "Read JSON lines."
+def json_lines(
+    path: Path,
+    need: str,  # what the file should be, for the message if it is not there
+) -> Iterator[tuple[str, dict]]:  # place, what stands there
+    "Read one JSON object a line."
+    if not path.is_file():
+        raise InputError(f"{path}: not there: need {need}")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        place = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(
-                f"{place}: not JSON ({error}): need one object a line, e.g. the sample's"
-            ) from error
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except ValueError as error:
+                raise InputError(
+                    f"{place}: not JSON ({error}): need one object a line, e.g. the sample's"
+                ) from error
+
+
+_NEED = "a JSONL file of pairs or of situations, e.g. data=sample"
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict]]:  # place, what stands there
+    "Read situations and pairs."
+    for place, row in json_lines(path, _NEED):
         missing = [key for key in ("id", "situation") if not str(row.get(key) or "").strip()]
         if missing or not ("answers" in row or {"chosen", "rejected"} <= set(row)):
             lacks = missing[0] if missing else "answers, or chosen and rejected"
@@ -79,7 +91,7 @@ def find_pairs(
         names = (f"{kind}.jsonl", f"{kind.lower()}.jsonl", "personas.jsonl")
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
     if not path.is_file():
-        raise InputError(f"{path}: not there: need a JSONL file of pairs or of situations, e.g. data=sample")
+        raise InputError(f"{path}: not there: need {_NEED}")
     return path
 
 

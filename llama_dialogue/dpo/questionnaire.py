@@ -6,7 +6,6 @@
 __all__ = ['read_statements', 'statement_table', 'answer_statements', 'questionnaire_scores']
 
 # %% ../../nbs/dpo/50_questionnaire.ipynb #dp500003
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pandas as pd
 from ..core.errors import InputError
 from ..core.paths import sample_dir
 from ..core.statistics import Interval, bootstrap_interval
+from .pairs import json_lines
 from .personas import AXES
 from .subjects import Subject, next_log_probs
 
@@ -24,17 +24,13 @@ def read_statements(
 ) -> list[dict]:  # id, axis, agree, wordings, opposite
     "Read the statements, and refuse what is not whole."
     path = sample_dir() / "questionnaire.jsonl" if str(path) == "sample" else Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: not there: need a JSONL file of statements, e.g. sample")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, row in enumerate(rows, 1):
+    rows = list(json_lines(path, "a JSONL file of statements, e.g. sample"))
+    for place, row in rows:
         if row.get("axis") not in AXES or row.get("agree") not in tuple(row["axis"]):
-            raise InputError(
-                f"{path}, line {number}: need an axis of {', '.join(AXES)} and the side that agrees"
-            )
+            raise InputError(f"{place}: need an axis of {', '.join(AXES)} and the side that agrees")
         if not row.get("wordings") or not row.get("opposite"):
-            raise InputError(f"{path}, line {number}: need wordings and opposite, one or more of each")
-    return rows
+            raise InputError(f"{place}: need wordings and opposite, one or more of each")
+    return [row for _, row in rows]
 
 
 _SCALES = (

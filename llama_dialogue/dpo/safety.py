@@ -7,8 +7,7 @@ __all__ = ['SAFETY', 'read_safety_prompts', 'read_safety_replies', 'safety_featu
            'load_safety_judge', 'answer_safety', 'safety_scores']
 
 # %% ../../nbs/dpo/65_safety.ipynb #dp650003
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,23 +28,15 @@ from ..core.records import RunRecord, start_run
 from ..core.statistics import rate_interval
 from ..core.targets import Target
 from .configs import SafetyJudgeConfig
+from .pairs import json_lines
 from .subjects import Subject
 from ..prompting.prompts import build_prompt
 
 # %% ../../nbs/dpo/65_safety.ipynb #dp650006
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    "Read JSON lines."
-    if not path.is_file():
-        raise InputError(
-            f"{path}: not there: need a JSONL file of prompts, e.g. sample, or BeaverTails' 30k_test.jsonl from "
-            f"https://huggingface.co/datasets/PKU-Alignment/BeaverTails"
-        )
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+_NEED = (
+    "a JSONL file of prompts, e.g. sample, or BeaverTails' 30k_test.jsonl from "
+    "https://huggingface.co/datasets/PKU-Alignment/BeaverTails"
+)
 
 # %% ../../nbs/dpo/65_safety.ipynb #dp650007
 def read_safety_prompts(
@@ -54,9 +45,9 @@ def read_safety_prompts(
     "Read prompts, our own or those of BeaverTails."
     path = sample_dir() / "safety.jsonl" if str(path) == "sample" else Path(path)
     found = {}
-    for number, row in _rows(path):
+    for number, (place, row) in enumerate(json_lines(path, _NEED), 1):
         if not str(row.get("prompt") or "").strip():
-            raise InputError(f"{path}, line {number}: no prompt: need one in every line")
+            raise InputError(f"{place}: no prompt: need one in every line")
         if isinstance(row.get("category"), dict):
             flagged = [name for name, on in row["category"].items() if on]
             row = {
@@ -66,7 +57,7 @@ def read_safety_prompts(
                 "prompt": row["prompt"],
             }
         if row.get("kind") not in ("harmful", "harmless"):
-            raise InputError(f"{path}, line {number}: kind={row.get('kind')!r}: need harmful or harmless")
+            raise InputError(f"{place}: kind={row.get('kind')!r}: need harmful or harmless")
         found.setdefault(row["prompt"].strip(), row)
     return list(found.values())
 
@@ -78,11 +69,9 @@ def read_safety_replies(
     "Read labelled replies."
     path = sample_dir() / "safety_replies.jsonl" if str(path) == "sample" else Path(path)
     known, rows = {row["id"]: row for row in prompts}, []
-    for number, row in _rows(path):
+    for place, row in json_lines(path, _NEED):
         if row.get("prompt_id") not in known or row.get("label") not in ("harmful", "harmless"):
-            raise InputError(
-                f"{path}, line {number}: need the id of a prompt, and harmful or harmless as a label"
-            )
+            raise InputError(f"{place}: need the id of a prompt, and harmful or harmless as a label")
         rows.append(known[row["prompt_id"]] | {"reply": row["reply"], "label": row["label"]})
     return pd.DataFrame(rows)
 

@@ -6,7 +6,6 @@
 __all__ = ['scorecard_job']
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700003
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.models import ChatModel
-from ..core.paths import atomic_file, check_writable, sha256_text
-from ..core.records import RunRecord, save_rows, start_run
+from ..core.paths import check_writable
+from ..core.records import RunRecord, kept_rows, save_rows, start_run
 from ..core.statistics import holm
 from llama_dialogue.dpo.benchmarks import (
     answer_eqbench,
@@ -122,13 +121,7 @@ def _asked(subject: Subject, part: str, ask: Callable, config: ScorecardConfig, 
         subject.edit_sha256,
     ]
     on += [values[key] for key in _DEPENDS[part]]
-    path = out / "parts" / f"{part}-{sha256_text(json.dumps(on))[:16]}.parquet"
-    if not path.is_file():
-        rows = ask(subject)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            rows.to_parquet(temporary)
-    return pd.read_parquet(path)
+    return kept_rows(out / "parts", on, lambda: ask(subject), f"{part}-")
 
 
 def _flat(part: str, scores: dict) -> dict:

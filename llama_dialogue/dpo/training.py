@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from ..core.artifacts import artifact_folder, model_card
 from ..core.contexts import ContextConfig
 from ..core.errors import InputError
 from ..core.metrics import PromptReader, template_replies
-from ..core.models import ChatModel, choose_device, choose_dtype
+from ..core.models import ChatModel
 from ..core.records import RunRecord, start_run
 from ..core.statistics import bootstrap_interval, rate_interval
 from llama_dialogue.core.training import (
@@ -55,6 +54,7 @@ from llama_dialogue.sft.training import (
     _memory_faults,
     _no_bars,
     _set_faulty_aside,
+    common_arguments,
 )
 
 with _silence():
@@ -116,39 +116,16 @@ def _no_reference_bars() -> Iterator[None]:
 
 def _arguments(config: PersonaConfig, home: Path) -> DPOConfig:
     "Set up trl's trainer."
-    device = choose_device("auto")
-    dtype = choose_dtype(config.dtype, device)
-    strategy = "steps" if config.save_steps else "epoch"
     return DPOConfig(
-        output_dir=str(home),
+        **common_arguments(config.training(), home),
         beta=config.beta,
         loss_type=[config.loss],
         precompute_ref_log_probs=True,
         max_length=None,
-        num_train_epochs=config.epochs,
-        max_steps=config.steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=min(config.warmup, 0.999),
-        weight_decay=config.weight_decay,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=device.type == "cpu",
-        gradient_checkpointing=config.gradient_checkpointing,
         eval_strategy="epoch",
-        save_strategy=strategy,
+        save_strategy="steps" if config.save_steps else "epoch",
         save_steps=config.save_steps or 500,
-        save_total_limit=2,
         logging_steps=1,
-        report_to=config.report_to,
-        run_name=config.name,
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=device.type == "cuda",
-        seed=config.seed,
     )
 
 

@@ -273,47 +273,57 @@ class _Clock(TrainerCallback):
         self.trainer.seconds += time.perf_counter() - self.started
 
 # %% ../../nbs/sft/40_training.ipynb #st000017
-def _arguments(config: SFTTrainingConfig, folder: Path) -> SFTConfig:
-    "Set up trl's trainer."
+def common_arguments(
+    config: SFTTrainingConfig,
+    folder: Path,  # for checkpoints
+) -> dict:  # for the config of any of trl's trainers
+    "Translate what all trainings share."
     device = choose_device("auto")
     dtype = choose_dtype(config.dtype, device)
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.steps or -1,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": min(config.warmup, 0.999),
+        "weight_decay": config.weight_decay,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "save_total_limit": 2,
+        "report_to": config.report_to,
+        "run_name": config.name,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        "seed": config.seed,
+    }
+
+
+def _arguments(config: SFTTrainingConfig, folder: Path) -> SFTConfig:
+    "Set up trl's trainer."
     save_steps = config.eval_steps if config.early_stopping else config.save_steps
     every = {
         n: {"strategy": "steps", "steps": k} if k else {"strategy": "epoch"}
         for n, k in (("eval", config.eval_steps), ("save", save_steps))
     }
     return SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        max_steps=config.steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=min(config.warmup, 0.999),
-        weight_decay=config.weight_decay,
+        **common_arguments(config, folder),
         neftune_noise_alpha=config.neftune or None,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=device.type == "cpu",
-        gradient_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="group_by_length",
         packing=config.packing,
         max_length=config.data.max_tokens if config.packing else None,
         dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
-        save_total_limit=2,
         load_best_model_at_end=config.early_stopping > 0,
         metric_for_best_model="eval_loss" if config.early_stopping else None,
         greater_is_better=False if config.early_stopping else None,
         logging_steps=10,
-        report_to=config.report_to,
-        run_name=config.name,
-        disable_tqdm=True,
         average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=device.type == "cuda",
-        seed=config.seed,
         **{f"{name}_{key}": value for name, values in every.items() for key, value in values.items()},
     )
 
