@@ -142,21 +142,40 @@ def _draw(config: JudgementConfig) -> Cases:
     return cases
 
 
+def _untuned_part(chat, asked: Task, both: Task, places: np.ndarray, on, out: Path, label: str):
+    "Judge some cases by the untuned model, or read what was judged before."
+    own, pairs = asked.take(places), both.take(_pairs_of(places))
+    on = ["zero-shot", *on, own.ids]
+    rows = kept_rows(out / "parts", on, lambda: _judge(chat, own, pairs, label=label))
+    return rows.assign(place=places)
+
+
+def _kept_states(chat, asked: Task, on, out: Path) -> Float[np.ndarray, "N E"]:
+    "Read the mean states of all prompts, or those that were read before."
+
+    def make() -> pd.DataFrame:
+        states = mean_states(chat, asked)
+        return pd.DataFrame(states, columns=[str(i) for i in range(chat.width)])
+
+    return kept_rows(out / "parts", ["states", *on, asked.ids], make).to_numpy()
+
+
 def _rows_beside(
     config: JudgementConfig, chat, cases, asked, both, won, fold, tested, out: Path, progress: bool
 ) -> Iterator[tuple]:
     "Judge the tested cases by rows that tune no language model."
-    own, pairs = asked.take(tested), both.take(_pairs_of(tested))
+    on = [*_base(chat), config.training.max_tokens, config.training.ner]
     if "zero-shot" in config.beside:
         label = "zero-shot" if progress else ""
-        on = ["zero-shot", *_base(chat), config.training.max_tokens, config.training.ner, own.ids]
-        yield "zero-shot", kept_rows(out / "parts", on, lambda: _judge(chat, own, pairs, label=label))
+        own = [np.flatnonzero(fold == number) for number in np.unique(fold[tested])]
+        parts = [_untuned_part(chat, asked, both, places, on, out, label) for places in own]
+        yield "zero-shot", pd.concat(parts, ignore_index=True)
     if "linear head" in config.beside:
-        chance = _head_chances(mean_states(chat, asked), won, fold, tested, config.seed)
-        yield "linear head", pd.DataFrame({"chance": chance})
+        chance = _head_chances(_kept_states(chat, asked, on, out), won, fold, tested, config.seed)
+        yield "linear head", pd.DataFrame({"chance": chance, "place": tested})
     if "simple rows" in config.beside:
         for name, chance in baseline_chances(cases.cases, fold, config.seed).items():
-            yield name, pd.DataFrame({"chance": chance[tested]})
+            yield name, pd.DataFrame({"chance": chance[tested], "place": tested})
 
 
 def _trained_rows(
@@ -167,7 +186,7 @@ def _trained_rows(
         parts = []
         for number in config.folds or range(config.num_folds):
             for seed in config.seeds:
-                own = training.override([f"seed={seed}", f"name={config.name}"])
+                own = training.override([f"seed={seed}"])
                 label = f"{name}, fold {number}, seed {seed}" if progress else ""
                 parts.append(
                     _trained_part(own, chat, asked, both, fold, number, out, label).assign(seed=seed)
@@ -229,10 +248,7 @@ def judge_cases_job(
         tested = np.flatnonzero(np.isin(fold, config.folds or range(config.num_folds)))
         of = (cases.cases, chat.tokenizer, config.training.max_tokens, config.training.ner)
         asked, both = case_task(*of), case_task(*of, both=True)
-        table = {}
-        beside = _rows_beside(config, chat, cases, asked, both, won, fold, tested, out, progress)
-        for name, rows in beside:
-            table[name] = rows.assign(place=tested)
+        table = dict(_rows_beside(config, chat, cases, asked, both, won, fold, tested, out, progress))
         for name, rows in _trained_rows(config, chat, asked, both, fold, out, progress):
             table[name] = rows.groupby("place", as_index=False)[["chance", *_BOTH[:3]]].mean()
             table[name]["contradict"] = (table[name]["first"].gt(0.5) == table[name].second.gt(0.5)) * 1.0
