@@ -6,6 +6,7 @@
 __all__ = ['judge_cases_job']
 
 # %% ../../nbs/dacon/70_judgements.ipynb #da700003
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtyping import Float
 
 from ..core.errors import InputError
 from ..core.models import ChatModel
-from ..core.paths import check_writable
+from ..core.paths import check_writable, sha256_text
 from ..core.records import RunRecord, kept_rows, save_rows, start_run
 from ..core.statistics import bootstrap_interval, holm
 from .answers import _batches, _read, label_chances, label_scores
@@ -82,7 +83,9 @@ def _trained_part(
 ) -> pd.DataFrame:
     "Train on the other folds and judge one, or read what was judged before."
     learned, tested = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-    home, own = out / "tuned", asked.take(tested)
+    own = asked.take(tested)
+    on = [config.to_dict(), *_base(chat), asked.take(learned).ids, own.ids]
+    home = out / f"training-{sha256_text(json.dumps(on))[:16]}"
 
     def make() -> pd.DataFrame:
         tuned, record = train_answers_job(config, home, None, bool(label), chat, asked.take(learned))
@@ -90,7 +93,7 @@ def _trained_part(
         shutil.rmtree(home)
         return rows.assign(place=tested, loss=record.scores["validation"]["loss"], seconds=record.seconds)
 
-    return kept_rows(out / "parts", [config.to_dict(), *_base(chat), asked.take(learned).ids, own.ids], make)
+    return kept_rows(out / "parts", on, make)
 
 # %% ../../nbs/dacon/70_judgements.ipynb #da700011
 def mean_states(
