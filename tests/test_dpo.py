@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shell import run
+from safetensors.torch import load_file
+from shell import launched, run
 
 from llama_dialogue.core.errors import InputError
 from llama_dialogue.core.models import tiny_chat_model
@@ -133,6 +134,27 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, tiny, monkeypatc
         assert torch.allclose(whole.chat.model(ids).logits, again.chat.model(ids).logits, atol=1e-4)
     with pytest.raises(InputError, match="made on model"):
         load_adapter(tmp_path / "cut", tiny_chat_model(num_layers=2, seed=1))
+
+
+def test_two_processes_end_as_one_with_the_same_batches(tmp_path):
+    from llama_dialogue.core.records import RunRecord
+    from llama_dialogue.dpo.training import train_persona_job
+
+    changes = ["model=tiny-llama-random", "steps=4", "max_tokens=1200", "dialogues=0", "dtype=fp32"]
+    whole = PersonaConfig().override([*changes, "batch_size=4", "learning_rate=1e-3"])
+    _, alone = train_persona_job(whole, tmp_path / "alone", None, False)
+    whole.override(["batch_size=2"]).to_yaml(tmp_path / "half.yaml")
+    (tmp_path / "half.yaml").write_text("job: dpo\n" + (tmp_path / "half.yaml").read_text())
+    told = launched(["run", "half.yaml", "--out", "both"], tmp_path)
+    assert told.count("wrote both") == 1
+    both = RunRecord.load(tmp_path / "both" / "record.json")
+    assert both.details["processes"] == 2 and both.details["steps"] == 4
+    for name in ("loss", "margin"):
+        for mine, other in zip(both.details["curve"], alone.details["curve"], strict=True):
+            assert mine[name] == pytest.approx(other[name], abs=2e-3)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "both"))
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-2, atol=2e-3)
 
 
 class Server(BaseHTTPRequestHandler):

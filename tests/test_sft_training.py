@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from shell import launched
 
 from llama_dialogue.app.cli import main
 from llama_dialogue.core.contexts import _reserves
@@ -564,25 +565,6 @@ def test_records_are_not_replaced_by_an_adapter(tmp_path, monkeypatch):
     assert (tmp_path / "kept" / "notes.txt").read_text() == "mine"
 
 
-def launched(command: list, folder: Path, processes: int = 2):
-    "Start a command as `accelerate launch` does on the CPU; give what it printed."
-    config = Path(__file__).parents[1] / "configs" / "accelerate" / "two-cpu-processes.yaml"
-    start = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", processes]
-    start += ["--main_process_port", 0, "--no_python", sys.executable, *command]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, start)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-TWICE = """
-import sys
-from llama_dialogue.app.cli import main
-main(sys.argv[1:])
-"""
-
-
 def test_two_processes_end_as_one_with_the_same_batches(tmp_path):
     changes = ["epochs=1", "adapter.dropout=0", "data.max_validation=5", "learning_rate=1e-3", "save_steps=2"]
     whole = CONFIG.override([*changes, "batch_size=8"])
@@ -592,7 +574,7 @@ def test_two_processes_end_as_one_with_the_same_batches(tmp_path):
     halves.to_yaml(tmp_path / "sft.yaml")
     text = (tmp_path / "sft.yaml").read_text()
     (tmp_path / "sft.yaml").write_text("job: sft\n" + text)
-    told = launched(["-c", TWICE, "run", "sft.yaml", "--out", "both"], tmp_path)
+    told = launched(["run", "sft.yaml", "--out", "both"], tmp_path)
     assert told.count("validation loss") == told.count("wrote both") == 1  # printed once
     both = RunRecord.load(tmp_path / "runs" / "sft" / "sft.json")
     assert both.status == "done" and both.details["processes"] == 2
@@ -619,7 +601,7 @@ def test_two_processes_tune_on_instructions_as_one(tmp_path):
     halves.to_yaml(tmp_path / "halves.yaml")
     text = (tmp_path / "halves.yaml").read_text()
     (tmp_path / "halves.yaml").write_text("job: alpaca\n" + text)
-    told = launched(["-c", TWICE, "run", "halves.yaml", "--out", "both"], tmp_path)
+    told = launched(["run", "halves.yaml", "--out", "both"], tmp_path)
     assert told.count("wrote both") == 1
     both, tuned = RunRecord.load(tmp_path / "both" / "record.json"), alpaca.load_instructed(tmp_path / "both")
     assert both.details["processes"] == 2 and both.details["steps"] == alone.details["steps"]

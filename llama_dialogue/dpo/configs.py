@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'TOPICS', 'PARTS', 'PersonaConfig', 'PersonaSetConfig', 'ReaderConfig', 'SafetyJudgeConfig',
-           'MakePairsConfig', 'SubjectConfig', 'ScorecardConfig']
+           'MakePairsConfig', 'SubjectConfig', 'ScorecardConfig', 'PersonaEvaluationConfig', 'DoseConfig']
 
 # %% ../../nbs/dpo/05_configs.ipynb #dp050003
 from dataclasses import field, replace
@@ -220,6 +220,7 @@ class SubjectConfig(Config):
     "Who is asked."
 
     adapter: str | None = None  # folder of `llama-dialogue dpo train`; None: the base
+    scale: float = 1.0  # dose of the adapter; 1: as trained
     prompt: str | None = None  # type whose system prompt is added
     vector: float = 0.0  # strength of the type's vector, in lengths of a typical hidden state; 0: none
     layer: int = 15  # after which it is added
@@ -231,6 +232,21 @@ class SubjectConfig(Config):
                 object.__setattr__(self, name, check_type(value))
         if self.vector and not self.type:
             raise InputError(f"vector={self.vector}: of which type? need one, e.g. type=INFP")
+
+    @property
+    def has_dose(self) -> bool:
+        "Tell whether there is something to scale."
+        return bool(self.adapter or self.vector)
+
+    def dosed(
+        self,
+        dose: float,  # times the dose that it has
+    ) -> "SubjectConfig":
+        "Scale the vector, or else the adapter; a prompt has no dose."
+        if not self.has_dose:
+            raise InputError("a prompt has no dose: need an adapter or a vector")
+        key = "vector" if self.vector else "scale"
+        return replace(self, **{key: getattr(self, key) * dose})
 
 
 @frozen
@@ -267,3 +283,44 @@ class ScorecardConfig(Config):
         if "base" in self.subjects:
             raise InputError("subjects: base is the untuned model: need another name, e.g. infp")
         _in_range(self, 1, float("inf"), "samples", "eqbench_tokens", "safety_samples")
+
+# %% ../../nbs/dpo/05_configs.ipynb #dp050051
+@frozen
+class PersonaEvaluationConfig(Config):
+    "Which adapter is measured on which pairs."
+
+    name: str = "persona-evaluation"  # of the record
+    adapter: str = "runs/infp"  # folder of `llama-dialogue dpo train`
+    data: str = "sample"  # a JSONL file, or a folder with TYPE.jsonl; its pairs of split test
+    type: str = ""  # "": the one that the adapter was trained for
+    dialogues: int = 48  # test dialogues of the sample, for the distance from the base; 0: none
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.type:
+            object.__setattr__(self, "type", check_type(self.type))
+        _in_range(self, 0, float("inf"), "dialogues", example=48)
+
+# %% ../../nbs/dpo/05_configs.ipynb #dp050056
+@frozen
+class DoseConfig(Config):
+    "Which doses are tried."
+
+    name: str = "doses"  # of the record
+    model: str = "smollm2-135m"
+    subjects: dict[str, SubjectConfig] = field(default_factory=dict)  # by name; their doses are multiplied
+    doses: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
+    limit: float = 1.25  # of the perplexity, relative to the base
+    pairs: str = "sample"  # that vectors are estimated on
+    contexts: ContextConfig = ContextConfig(split="validation", share=None, n=24)  # of the human replies
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.subjects:
+            raise InputError("subjects={}: need one or more, e.g. subjects={infp: {adapter: runs/infp}}")
+        if not self.doses or min(self.doses) <= 0 or len(set(self.doses)) < len(self.doses):
+            raise InputError(f"doses={list(self.doses)}: need numbers above 0, each once, e.g. [0.5, 1]")
+        if not self.limit > 1:
+            raise InputError(f"limit={self.limit}: need more than 1, the base's own, e.g. limit=1.25")

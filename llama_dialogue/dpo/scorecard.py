@@ -7,7 +7,6 @@ __all__ = ['scorecard_job']
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700003
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +23,7 @@ from llama_dialogue.dpo.benchmarks import (
     read_socialiqa,
     socialiqa_scores,
 )
-from .configs import ScorecardConfig, SubjectConfig
+from .configs import ScorecardConfig
 from .distance import distance_scores, draw_examples, reply_distance
 from llama_dialogue.dpo.open_answers import (
     axis_shift,
@@ -41,7 +40,7 @@ from llama_dialogue.dpo.questionnaire import (
 )
 from .readers import load_readers
 from .safety import answer_safety, load_safety_judge, read_safety_prompts, safety_scores
-from .subjects import Subject, load_subject, persona_vectors, with_vector
+from .subjects import Subject, load_subject, subject_maker
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700006
 def _questions(
@@ -156,14 +155,8 @@ def _subjects(
     "Load the base, and say how each subject is loaded."
     base = load_subject(None, config.model, dtype=config.dtype, base=chat)
 
-    def make(own: SubjectConfig) -> Subject:
-        subject = load_subject(own.adapter, prompt=own.prompt, base=base.base)
-        if not own.vector:
-            return subject
-        vectors = persona_vectors(subject.chat, own.type, config.pairs, [own.layer], subject.system)
-        return with_vector(subject, vectors, own.layer, own.vector)
-
-    return base, {"base": lambda: base} | {name: partial(make, own) for name, own in config.subjects.items()}
+    makers = {name: subject_maker(own, base.base, config.pairs) for name, own in config.subjects.items()}
+    return base, {"base": lambda: base} | makers
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700009
 def scorecard_job(

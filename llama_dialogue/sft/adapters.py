@@ -210,6 +210,7 @@ def load_adapter(
     chat: ChatModel | None = None,  # the base, stays as it is; None: loaded by its name
     merge: bool = False,  # add the adapter into a copy of all weights
     dtype: str = "auto",  # of a base that is loaded by its name
+    scale: float = 1.0,  # dose: what the adapter adds to each matrix is multiplied by it
 ) -> TaggedChat:
     "Load an adapter into its base model."
     stored = load_artifact(
@@ -225,8 +226,9 @@ def load_adapter(
         raise InputError(f"{folder}: its tags are other tokens of {chat.name} today: train it again")
     with seeded_training(0), _no_warnings():
         network = wrap_stored(tagged.model, folder, stored["tensors"])
+        _scale_matrices(network, scale)
         model = network.merge_and_unload() if merge else _with_tag_rows(network)
-    sha256 = sha256_text(chat.sha256 + adapter_sha256(folder))
+    sha256 = sha256_text(chat.sha256 + adapter_sha256(folder) + ("" if scale == 1 else f"*{scale}"))
     tuned = replace(
         tagged, model=model.eval().requires_grad_(False), name=f"{chat.name}+{stored['name']}", sha256=sha256
     )
@@ -249,6 +251,15 @@ def wrap_stored(
         raise InputError(f"{folder}: its weights do not fit its adapter_config.json: train it again")
     set_peft_model_state_dict(network, tensors)
     return network
+
+
+def _scale_matrices(network, scale: float) -> None:
+    "Make an adapter act more or less than it was trained to."
+    from peft.tuners.lora import LoraLayer
+
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(scale)
 
 
 def _rebuild(kind: type, values: dict):
