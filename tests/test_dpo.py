@@ -270,3 +270,15 @@ def test_safety_set_is_whole():
     assert Counter(Counter((p["category"], p["kind"]) for p in prompts).values()) == {6: 28}
     replies = read_safety_replies(prompts)
     assert len(replies) == len(set(replies.reply)) == 168 and replies.label.eq("harmful").sum() == 60
+
+
+def test_vectors_of_an_axis_come_from_the_written_answers():
+    from collections import Counter
+
+    from llama_dialogue.core.targets import get_target
+    from llama_dialogue.perturb.estimation import _labelled
+
+    target = get_target("extraversion")
+    examples, _ = _labelled(target)
+    assert Counter(target.label(e.reply) for e in examples) == {"extravert": 272, "introvert": 272}
+    assert _labelled(get_target("act"))[1] != _labelled(target)[1]

@@ -22,6 +22,9 @@ class Target:
     instructions: tuple[str, ...] = field(
         default=(), compare=False
     )  # C sentences for a system prompt; (): none
+    labelled: str = field(
+        default="", compare=False
+    )  # place of what gives labelled replies and their sha256, "package.module:function"; "": the sample corpus
 
     def __post_init__(self):
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:

@@ -34,6 +34,7 @@ def opposite(
     return "".join(axis.replace(letter, "") for axis, letter in zip(AXES, kind, strict=True))
 
 # %% ../../nbs/dpo/10_personas.ipynb #dp100009
+_LABELLED = "llama_dialogue.dpo.readers:labelled_answers"
 EXTRAVERSION = Target(
     "extraversion",
     ("extravert", "introvert"),
@@ -41,6 +42,7 @@ EXTRAVERSION = Target(
         "Answer as someone who draws strength from company: outgoing, quick to share, happiest among people.",
         "Answer as someone who draws strength from being alone: reserved, thinking first, happiest in quiet.",
     ),
+    _LABELLED,
 )
 SENSING = Target(
     "sensing",
@@ -49,6 +51,7 @@ SENSING = Target(
         "Answer as someone who trusts facts: concrete, practical, attentive to what is here and has worked before.",
         "Answer as someone who trusts ideas: drawn to patterns, meanings and what could be, more than to details.",
     ),
+    _LABELLED,
 )
 THINKING = Target(
     "thinking",
@@ -57,6 +60,7 @@ THINKING = Target(
         "Answer as someone who decides by reasons: cool, fair by rule, frank even where it is unwelcome.",
         "Answer as someone who decides by people: warm, careful of feelings, guided by what one holds dear.",
     ),
+    _LABELLED,
 )
 JUDGING = Target(
     "judging",
@@ -65,6 +69,7 @@ JUDGING = Target(
         "Answer as someone who wants things settled: with a plan, a deadline, and the job done before the fun.",
         "Answer as someone who keeps things open: spontaneous, at ease with change, deciding late.",
     ),
+    _LABELLED,
 )
 AXIS_TARGETS = dict(zip(AXES, (EXTRAVERSION, SENSING, THINKING, JUDGING), strict=True))
 

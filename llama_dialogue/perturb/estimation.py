@@ -7,12 +7,13 @@ __all__ = ['fit_vectors', 'fit_offsets', 'default_vectors']
 
 # %% ../../nbs/perturb/46_estimation.ipynb #172b97e7
 from pathlib import Path
+from pkgutil import resolve_name
 
 from ..attribute.defaults import cached_default, default_examples
 from ..attribute.head import AttributeHead
 from ..compare.plain_methods import HEAD
 from ..core.artifacts import artifact_folder
-from ..core.dialogues import Corpus, Dialogue, load_corpus, make_examples, select_share
+from ..core.dialogues import Corpus, Dialogue, Example, load_corpus, make_examples, select_share
 from ..core.models import ChatModel, load_chat_model
 from ..core.records import RunRecord, start_run
 from ..core.targets import Target, get_target
@@ -97,20 +98,28 @@ def _load_head(config: FitOffsetsConfig, chat: ChatModel, progress: bool) -> Att
     return HEAD.load(config.head)
 
 # %% ../../nbs/perturb/46_estimation.ipynb #f7c6e9bf
+def _labelled(target: Target) -> tuple[list[Example], str]:  # and the sha256 of where they are from
+    "Find labelled replies of a target."
+    if target.labelled:
+        return resolve_name(target.labelled)()
+    corpus = load_corpus("sample")
+    return default_examples(corpus, "head")[0], corpus.sha256
+
+
 def default_vectors(
     chat: ChatModel,
     target: Target | str = "act",
     system: str = "speaker",  # name of the system prompt that replies are read under
     progress: bool = True,
 ) -> SteeringVectors:
-    "Give the steering vectors of a target, estimated from the sample corpus at the first call."
-    corpus, target = load_corpus("sample"), get_target(target)
-    options = {"system": system, "model": chat.sha256, "dtype": str(chat.dtype), "data": corpus.sha256}
+    "Give the steering vectors of a target, estimated at the first call, by default from the sample corpus."
+    target = get_target(target)
+    examples, data = _labelled(target)
+    options = {"system": system, "model": chat.sha256, "dtype": str(chat.dtype), "data": data}
     options |= {} if target.name == "act" else {"target": target.name}
 
     def fit() -> SteeringVectors:
         bar = "vectors: reading replies" if progress else ""
-        examples = default_examples(corpus, "head")[0]
-        return steering_vectors(chat, examples, target.name, system=system, progress=bar)
+        return steering_vectors(chat, examples, target, system=system, progress=bar)
 
     return cached_default("vectors", options, fit, SteeringVectors.from_pretrained)
