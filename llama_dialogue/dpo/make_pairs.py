@@ -23,8 +23,8 @@ from ..core.models import load_chat_model
 from ..core.paths import check_writable, lock
 from ..core.records import RunRecord, start_run
 from .configs import MakePairsConfig
-from .personas import AXES, PERSONAS, TYPES, opposite
-from .readers import axis_class, load_readers
+from .personas import PERSONAS, TYPES, opposite
+from .readers import axis_class, load_readers, read_axes
 from .writers import LocalWriter, ServerWriter, Writer
 from ..prompting.ai_talk import is_ai_talk
 
@@ -102,10 +102,9 @@ def _side(readers: dict, kind: str, situation: str, chosen: str, rejected: str) 
     "Add up, over the axes, how much likelier the type is in the chosen answer than in the rejected one."
     examples = [Example("", (Turn(situation),), Turn(text)) for text in (chosen, rejected)]
     total = 0.0
-    for axis in AXES:
-        place = readers[axis].classes.index(axis_class(kind, axis))
-        log_probs = readers[axis].predict(examples)[:, place]
-        total += float(log_probs[0] - log_probs[1])
+    for axis, log_probs in read_axes(readers, examples).items():
+        own = log_probs[:, readers[axis].classes.index(axis_class(kind, axis))]
+        total += float(own[0] - own[1])
     return total
 
 # %% ../../nbs/dpo/35_make_pairs.ipynb #dp350011

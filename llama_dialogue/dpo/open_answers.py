@@ -22,6 +22,7 @@ from ..core.paths import sample_dir
 from ..core.statistics import Interval, bootstrap_interval, paired_bootstrap, rate_interval
 from .pairs import json_lines
 from .personas import AXES, AXIS_TARGETS
+from .readers import read_axes
 from .subjects import Subject
 from ..prompting.ai_talk import is_ai_talk
 
@@ -65,8 +66,8 @@ def read_answers(
         Example(i, (Turn(asked[i]),), Turn(reply)) for i, reply in zip(some.id, some.reply, strict=True)
     ]
     found = answers.assign(**dict.fromkeys(AXES, 0.5))
-    for axis, reader in readers.items():
-        found.loc[some.index, axis] = reader.predict(examples)[:, 0].exp().double().numpy()
+    for axis, log_probs in read_axes(readers, examples).items():
+        found.loc[some.index, axis] = log_probs[:, 0].exp().double().numpy()
     return found
 
 # %% ../../nbs/dpo/55_open_answers.ipynb #dp550007
