@@ -17,8 +17,8 @@ from ..core.models import ChatModel, load_chat_model
 from ..core.paths import check_writable
 from ..core.records import RunRecord, kept_rows, start_run
 from .configs import DoseConfig, SubjectConfig
-from .distance import distance_scores, draw_examples, reply_distance
-from .subjects import Subject, subject_maker
+from .distance import distance_scores, draw_examples
+from .subjects import Subject, subject_distance, subject_maker
 
 # %% ../../nbs/dpo/47_doses.ipynb #dp470006
 def affordable_dose(
@@ -34,14 +34,15 @@ def affordable_dose(
     return found
 
 # %% ../../nbs/dpo/47_doses.ipynb #dp470009
-def _asked(subject: Subject, examples: Sequence[Example], config: DoseConfig, out: Path) -> pd.DataFrame:
+def _asked(
+    subject: Subject, examples: Sequence[Example], config: DoseConfig, before: dict, out: Path
+) -> pd.DataFrame:
     "Measure a dose, or read what was measured before."
     about = [subject.chat.sha256, str(subject.chat.dtype), subject.base.sha256, subject.system]
     about += [subject.instruction, subject.edit_sha256, config.contexts.to_dict()]
 
     def make() -> pd.DataFrame:
-        how = (subject.system, subject.instruction, subject.edit)
-        return reply_distance(subject.chat, subject.base, examples, *how)
+        return subject_distance(subject, examples, before)
 
     return kept_rows(out / "parts", about, make, "dose-")
 
@@ -62,7 +63,7 @@ def choose_doses_job(
     out = check_writable(out)
     if records is not None:
         check_writable(Path(records) / "dpo")
-    chosen, job = {}, "dpo-doses"
+    chosen, before, job = {}, {}, "dpo-doses"
     with start_run("dpo", config.name, config, config.seed, folder=records, job=job) as record:
         base = chat or load_chat_model(config.model, config.dtype)
         record.add_input("model", base)
@@ -70,7 +71,7 @@ def choose_doses_job(
         for name, own in tqdm(config.subjects.items(), disable=not progress, desc=config.name):
             make = subject_maker(own, base, config.pairs)
             for dose in _doses(own, config):
-                scores = distance_scores(_asked(make(dose), examples, config, out))
+                scores = distance_scores(_asked(make(dose), examples, config, before, out))
                 record.scores[f"{name}, {dose:g}" if own.has_dose else name] = scores
             ratios = {
                 dose: float(record.scores[f"{name}, {dose:g}"]["ratio"])

@@ -24,7 +24,7 @@ from llama_dialogue.dpo.benchmarks import (
     socialiqa_scores,
 )
 from .configs import ScorecardConfig
-from .distance import distance_scores, draw_examples, reply_distance
+from .distance import distance_scores, draw_examples
 from llama_dialogue.dpo.open_answers import (
     axis_shift,
     open_answers,
@@ -40,7 +40,7 @@ from llama_dialogue.dpo.questionnaire import (
 )
 from .readers import load_readers
 from .safety import answer_safety, load_safety_judge, read_safety_prompts, safety_scores
-from .subjects import Subject, load_subject, subject_maker
+from .subjects import Subject, load_subject, subject_distance, subject_maker
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700006
 def _questions(
@@ -82,10 +82,8 @@ def _questions(
             f"{subject.name}: safety" if progress else "",
         )
     if "lost" in config.parts:
-        examples = draw_examples(config.lost)
-        found["lost"] = lambda subject: reply_distance(
-            subject.chat, base, examples, subject.system, subject.instruction, subject.edit
-        )
+        examples, before = draw_examples(config.lost), {}
+        found["lost"] = lambda subject: subject_distance(subject, examples, before)
     return found
 
 
