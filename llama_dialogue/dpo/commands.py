@@ -95,6 +95,13 @@ DPO_EVALUATION = Job(
 )
 
 
+def _subject_inputs(config) -> list[tuple]:
+    "List the models that are asked."
+    adapters = {f"subjects.{name}": own.adapter for name, own in config.subjects.items() if own.adapter}
+    folders = [(place, folder, "folder") for place, folder in adapters.items()]
+    return [("model", config.model, "model"), *folders]
+
+
 def _show_doses(result) -> str:
     "Lay out what doses cost, and which were chosen."
     from llama_dialogue.core.jobs import format_table
@@ -115,7 +122,7 @@ DPO_DOSES = Job(
     config=f"{_MODULE}.configs:DoseConfig",
     run=f"{_MODULE}.doses:choose_doses_job",
     artefact="doses",
-    inputs=lambda config: [("model", config.model, "model"), ("contexts.data", config.contexts.data, "data")],
+    inputs=lambda config: [*_subject_inputs(config), ("contexts.data", config.contexts.data, "data")],
     work=lambda config: (
         f"{len(config.doses)} doses of {', '.join(config.subjects)} on {config.contexts.n} dialogues"
     ),
@@ -219,12 +226,7 @@ DPO_SCORECARD = Job(
     run=f"{_MODULE}.scorecard:scorecard_job",
     artefact="scorecard",
     inputs=lambda config: [
-        ("model", config.model, "model"),
-        *(
-            (f"subjects.{name}", own.adapter, "folder")
-            for name, own in config.subjects.items()
-            if own.adapter
-        ),
+        *_subject_inputs(config),
         *((part, getattr(config, part), "data") for part in ("socialiqa", "eqbench") if part in config.parts),
         ("lost.data", config.lost.data, "data"),
     ],
