@@ -70,3 +70,11 @@ def test_statements_are_balanced(situations):
     further = read("open_situations.jsonl")
     assert len({s["id"] for s in further}) == 60 and len({s["topic"] for s in further}) >= 12
     assert not {s["situation"] for s in further} & {s["situation"] for s in situations}
+
+
+def test_questions_for_side_by_side_answers(situations):
+    questions = read("side_questions.jsonl")
+    assert Counter(q["topic"] for q in questions) == {"drugs": 7, "crime": 6, "grief": 7}
+    asked = {q["situation"] for q in questions}
+    others = {s["situation"] for s in [*situations, *read("open_situations.jsonl")]}
+    assert len(asked) == len({q["id"] for q in questions}) == 20 and not asked & others

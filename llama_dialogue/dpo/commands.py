@@ -297,7 +297,7 @@ def _eval(**options):
 @click.option("--adapter", help="Folder of a persona, or none: the base alone.")
 @click.option("--prompt", help="Type whose system prompt is added.")
 @click.option("--type", "kind", help="Type whose sides the open answers are compared by.")
-@click.option("--parts", help="Comma-separated: questionnaire, open, socialiqa, eqbench, safety, lost.")
+@click.option("--parts", help="Comma-separated: questionnaire, open, side, socialiqa, eqbench, safety, lost.")
 @config_option("--socialiqa", "socialiqa", help="Folder with dev.jsonl and dev-labels.lst.")
 @config_option("--model", "model")
 @config_option("--seed", "seed")

@@ -212,7 +212,7 @@ class MakePairsConfig(Config):
         return {"requests": requests, "tokens": tokens, "price": round(tokens * self.price / 1e6, 2)}
 
 # %% ../../nbs/dpo/05_configs.ipynb #dp050041
-PARTS = ("questionnaire", "open", "socialiqa", "eqbench", "safety", "lost")
+PARTS = ("questionnaire", "open", "side", "socialiqa", "eqbench", "safety", "lost")
 
 
 @frozen
@@ -260,6 +260,7 @@ class ScorecardConfig(Config):
     statements: str = "sample"  # a JSONL file
     situations: str = "sample"  # a JSONL file of open situations
     samples: int = 4  # answers to each
+    side: str = "sample"  # a JSONL file of questions whose answers are shown side by side
     pairs: str = "sample"  # that vectors are estimated on
     decoding: GenerationConfig = replace(TALK_DECODING, max_new_tokens=60)
     readers: str | None = None  # folder of a training of readers; None: those that are shipped

@@ -14,7 +14,7 @@ from ..core.models import ChatModel, load_chat_model
 from ..core.records import RunRecord, start_run
 from .configs import PersonaConfig, PersonaEvaluationConfig
 from .pairs import load_pairs
-from .training import held_out_scores
+from .training import held_out_margins, held_out_scores
 from ..sft.adapters import load_adapter
 
 # %% ../../nbs/dpo/43_evaluation.ipynb #dp430005
@@ -52,5 +52,6 @@ def evaluate_persona_job(
         record.add_input("data", corpus)
         record.details |= {"trained_for": training.type, "type": kind, "pairs": len(tested)}
         how = replace(training, dialogues=config.dialogues)
-        record.scores |= held_out_scores(base, tuned.chat, tested, how)
+        rows = held_out_margins(base, tuned.chat, tested, how)
+        record.scores |= held_out_scores(rows, base, tuned.chat, how)
     return record

@@ -31,6 +31,7 @@ from llama_dialogue.dpo.open_answers import (
     open_scores,
     read_answers,
     read_open_situations,
+    talk_scores,
 )
 from llama_dialogue.dpo.questionnaire import (
     answer_statements,
@@ -61,6 +62,11 @@ def _questions(
             return read_answers(said, situations, readers)
 
         found["open"] = answer
+    if "side" in config.parts:
+        side, bar = read_open_situations(config.side, "side_questions.jsonl"), "side by side"
+        found["side"] = lambda subject: open_answers(
+            subject, side, 1, config.decoding, config.seed, f"{subject.name}: {bar}" if progress else ""
+        )
     if "socialiqa" in config.parts:
         asked = read_socialiqa(config.socialiqa, config.num_socialiqa)
         found["socialiqa"] = lambda subject: answer_socialiqa(subject, asked)
@@ -90,6 +96,7 @@ def _questions(
 _SCORES = {
     "questionnaire": questionnaire_scores,
     "open": open_scores,
+    "side": talk_scores,
     "socialiqa": socialiqa_scores,
     "eqbench": eqbench_scores,
     "safety": safety_scores,
@@ -98,6 +105,7 @@ _SCORES = {
 _DEPENDS = {  # part -> keys of the config that its answers depend on
     "questionnaire": ("statements",),
     "open": ("situations", "samples", "decoding", "readers", "seed"),
+    "side": ("side", "decoding", "seed"),
     "socialiqa": ("socialiqa", "num_socialiqa"),
     "eqbench": ("eqbench", "num_eqbench", "decoding", "eqbench_tokens", "seed"),
     "safety": ("prompts", "safety_judge", "safety_samples", "decoding", "seed"),
@@ -163,7 +171,7 @@ def scorecard_job(
     records: Path | str | None = None,  # the record goes to records/dpo/<name>.json; None: not written
     progress: bool = True,
     chat: ChatModel | None = None,  # the base; None: loaded by name
-) -> tuple[RunRecord, pd.DataFrame]:  # and the open answers, a row each
+) -> tuple[RunRecord, pd.DataFrame]:  # and what was said in reply, a row each, with subject and part
     "Ask subjects everything that the config names."
     out = check_writable(out)
     if records is not None:
@@ -171,7 +179,7 @@ def scorecard_job(
     with start_run("dpo", config.name, config, config.seed, folder=records, job="dpo-scorecard") as record:
         base, makers = _subjects(config, chat)
         record.add_input("model", base.base)
-        questions, answers, types = _questions(config, base.base, progress), {}, {}
+        questions, answers, types, said = _questions(config, base.base, progress), {}, {}, []
         for name, make in makers.items():
             subject = make()
             if subject.chat is not base.base:
@@ -182,18 +190,16 @@ def scorecard_job(
                     continue
                 rows = _asked(subject, part, ask, config, out)
                 scores = _SCORES[part](rows)
+                if "reply" in rows:
+                    said.append(rows.assign(subject=name, part=part))
                 record.scores[name] |= _flat(part, scores)
                 if part == "questionnaire":
                     types[name] = scores["type"]
                 elif part == "open":
                     answers[name] = rows
         record.details |= {"types": types, "shifts": _shifts(config, answers)}
-        rows = (
-            pd.concat([own.assign(subject=name) for name, own in answers.items()])
-            if answers
-            else pd.DataFrame()
-        )
+        rows = pd.concat(said, ignore_index=True) if said else pd.DataFrame()
         if records is not None and len(rows):
             record.rows = f"{record.name}.parquet"
-            save_rows(rows.reset_index(drop=True), Path(records) / "dpo" / record.rows)
+            save_rows(rows, Path(records) / "dpo" / record.rows)
     return record, rows

@@ -14,11 +14,9 @@ from tqdm import tqdm
 from ..core.models import ChatModel
 from ..core.paths import check_writable
 from ..core.records import RunRecord, save_rows, start_run
-from ..core.statistics import bootstrap_interval, rate_interval
 from .configs import PersonaConfig, PersonaSetConfig
-from .pairs import load_pairs
-from .training import answer_nll, train_persona_job
-from ..sft.adapters import adapter_sha256, load_adapter
+from .training import preference_scores, train_persona_job
+from ..sft.adapters import adapter_sha256
 from ..sft.training import _load_base
 
 # %% ../../nbs/dpo/42_sets.ipynb #dp420006
@@ -31,35 +29,6 @@ def _trained(config: PersonaConfig, out: Path, chat: ChatModel, progress: bool) 
         if same and record.details["artefact"]["sha256"] == adapter_sha256(out):
             return record
     return train_persona_job(config, out, None, progress, chat)[1]
-
-
-def _margins(config: PersonaConfig, base: ChatModel, tuned: ChatModel) -> pd.DataFrame:
-    "Measure what a training did to the pairs that it did not see."
-    pairs = [pair for pair in load_pairs(config.data, config.type)[0] if pair.split != "train"]
-    before, after = (answer_nll(chat, pairs, config.system) for chat in (base, tuned))
-    gain = before - after
-    return pd.DataFrame(
-        {
-            "id": [pair.id for pair in pairs],
-            "split": [pair.split for pair in pairs],
-            "margin": config.beta * (gain[:, 0] - gain[:, 1]),
-            "chosen_gain": gain[:, 0],
-            "likelier": (after[:, 0] < after[:, 1]).astype(int),
-            "likelier_base": (before[:, 0] < before[:, 1]).astype(int),
-        }
-    )
-
-
-def _pooled(rows: pd.DataFrame) -> dict:
-    "Score pairs, clustered by situation."
-    ids = rows.id.tolist()
-    return {
-        "accuracy": rate_interval(rows.margin.gt(0) * 1.0, ids),
-        "margin": bootstrap_interval(rows.margin, clusters=ids),
-        "chosen_gain": bootstrap_interval(rows.chosen_gain, clusters=ids),
-        "likelier": rate_interval(rows.likelier * 1.0, ids),
-        "likelier_base": rate_interval(rows.likelier_base * 1.0, ids),
-    }
 
 # %% ../../nbs/dpo/42_sets.ipynb #dp420008
 def train_personas_job(
@@ -78,10 +47,8 @@ def train_personas_job(
         record.add_input("model", chat)
         for name, own in tqdm(config.trainings().items(), disable=not progress, desc=config.name):
             done = _trained(own, out / name, chat, False)
-            tuned = load_adapter(out / name, chat)
-            parts.append(_margins(own, chat, tuned.chat).assign(persona=name, type=own.type))
-            test = parts[-1][parts[-1].split == "test"]
-            record.scores[name] = _pooled(test) | done.scores.get("dialogues", {})
+            parts.append(pd.DataFrame(done.details["held_out"]).assign(persona=name, type=own.type))
+            record.scores[name] = done.scores["pairs"] | done.scores.get("dialogues", {})
             record.details.setdefault("steps", {})[name] = done.details["steps"]
             record.details.setdefault("seconds", {})[name] = round(done.seconds, 1)
             record.details.setdefault("curves", {})[name] = {
@@ -92,7 +59,7 @@ def train_personas_job(
             for group, own in rows[rows.split == split].groupby(
                 rows.persona.map(config.groups()), sort=False
             ):
-                record.scores[f"{split}: {group}"] = _pooled(own)
+                record.scores[f"{split}: {group}"] = preference_scores(own)
         if records is not None:
             record.rows = f"{record.name}.parquet"
             save_rows(rows, Path(records) / "dpo" / record.rows)
