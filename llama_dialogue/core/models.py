@@ -237,7 +237,7 @@ def load_chat_model(
     dtype: str = "auto",  # "auto", "bf16", "fp16", "fp32", "fp64"
     device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
     revision: str | None = None,  # hub only: branch, tag or commit
-    quantization: str | None = None,  # "nf4" (needs a CUDA GPU) or None
+    quantization: str | None = None,  # "nf4" (needs a CUDA GPU), "int8" (on the CPU) or None
     adapter: str | None = None,  # folder of a PEFT adapter, or "speaker"; merged into the weights
 ) -> ChatModel:  # in evaluation mode, no gradients to its parameters
     "Load a chat model by name."
@@ -250,10 +250,10 @@ def load_chat_model(
     on = choose_device(device)
     options = {"dtype": choose_dtype(dtype, on)}
     if quantization is not None:
-        options["quantization_config"] = _quantization(quantization, on, options["dtype"])
+        options |= _quantization(quantization, on, options["dtype"])
     if place == "memory":
         tiny = tiny_chat_model(dtype=options["dtype"])
-        return replace(tiny, model=tiny.model.to(on), name=name)
+        return replace(tiny, model=_on_device(tiny.model, on, quantization), name=name)
     with _load_faults(name), _quiet(bars=_is_large(place)):
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, padding_side="left", trust_remote_code=False
@@ -263,7 +263,7 @@ def load_chat_model(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model if quantization else model.to(on)
+    model = _on_device(model, on, quantization)
     return ChatModel(model.eval().requires_grad_(False), tokenizer, name, _identity(place, model))
 
 
@@ -377,14 +377,36 @@ def _identity(place: str, model: PreTrainedModel) -> str:
     )
 
 
-def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> BitsAndBytesConfig:
-    "Configure 4-bit loading, or say at once that it needs a GPU."
-    check_choice("quantization", kind, ("nf4",))
+def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> dict:
+    "Say how to load weights that are quantized, or at once that it needs another device."
+    check_choice("quantization", kind, ("nf4", "int8"))
+    if kind == "int8":
+        if device.type != "cpu":
+            raise InputError(
+                f"quantization='int8' on {device.type}: need device='cpu', or quantization='nf4'"
+            )
+        return {"dtype": torch.float32}
     if device.type != "cuda":
         raise InputError(
-            f"quantization={kind!r} on {device.type}: need a CUDA GPU, e.g. quantization=None with dtype='bf16'"
+            f"quantization={kind!r} on {device.type}: need a CUDA GPU, e.g. quantization='int8', or "
+            f"quantization=None with dtype='bf16'"
         )
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config}
+
+
+def _on_device(model: PreTrainedModel, device: torch.device, quantization: str | None) -> PreTrainedModel:
+    "Bring a model to its device; round the weights of its linear layers to 8 bits if asked to."
+    if quantization is None:
+        return model.to(device)
+    if quantization == "int8":
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            how = {torch.nn.Linear: per_channel_dynamic_qconfig}
+            return quantize_dynamic(model.eval(), how, torch.qint8)
+    return model
 
 # %% ../../nbs/core/50_models.ipynb #74d5c008
 CHATML = (

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+
+from ..core.decoding import KeyValues, attention_by
 
 # %% ../../nbs/perturb/15_cache.ipynb #10c53f42
 @dataclass
@@ -68,9 +70,8 @@ class GrowingCache:
 
     def __init__(
         self,
-        prefill: DynamicCache,  # of the distinct prompts, padded on the left
+        prefill: KeyValues,  # of the P distinct prompts
         rows: Int[Tensor, "B"],  # which prompt each batch row continues
-        real: Bool[Tensor, "P T"],  # which positions of the prompts are no padding
         layers: range,  # layers to hold
         wide: range,  # layers to hold in `wide_dtype`
         wide_dtype: torch.dtype,
@@ -79,20 +80,19 @@ class GrowingCache:
     ):
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.length = real.shape[1]
+        self.length = prefill.longest
         self.num_rows, self.num_heads = len(rows), config.num_key_value_heads
-        self.padding = (~real).sum(-1)[rows]
+        self.padding = self.length - prefill.lengths[rows]
         self.buffers, self.gradients, self._live = {}, {}, {}
         shape = (self.num_rows, self.num_heads, head_dim, self.length + room)
         for i in layers:
             dtype = wide_dtype if i in wide else model.dtype
             self.buffers[i] = [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2)]
-            if self.length:
-                for buffer, filled in zip(
-                    self.buffers[i], (prefill.layers[i].keys, prefill.layers[i].values), strict=True
+            for buffer, filled in zip(self.buffers[i], prefill.buffers[i], strict=True):
+                for row, (prompt, padding) in enumerate(
+                    zip(rows.tolist(), self.padding.tolist(), strict=True)
                 ):
-                    clean = torch.where(real[:, None, :, None], filled, 0)
-                    buffer[..., : self.length] = clean.mT[rows]
+                    buffer[row, ..., padding : self.length] = filled[prompt, ..., : self.length - padding]
         self.dtypes, self.wide, self.width = {model.dtype, wide_dtype}, wide, shape[-1]
         self._hide_padding()
 
@@ -231,20 +231,6 @@ def frozen_model(
             p.requires_grad_(True)
         for module in training:
             module.training = True
-
-# %% ../../nbs/perturb/15_cache.ipynb #ca000009
-@contextlib.contextmanager
-def attention_by(
-    model: PreTrainedModel,
-    name: str,  # registered with transformers' AttentionInterface, e.g. "one_token"
-) -> Iterator[None]:
-    "Replace the attention of a model inside a `with` block."
-    before = model.config._attn_implementation
-    model.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 # %% ../../nbs/perturb/15_cache.ipynb #ca000011
 def run_layers(

@@ -14,20 +14,25 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attribute.head import AttributeHead, check_head
+from llama_dialogue.core.decoding import (
+    apply_repetition_penalty,
+    keep_candidate,
+    keep_likely,
+    likely_tokens,
+    read_tokens,
+    sample_rows,
+)
 from ..core.errors import InputError
 from llama_dialogue.core.generation import (
+    Batch,
     GenerationConfig,
     Generations,
-    apply_repetition_penalty,
     as_generations,
-    encode_prompts,
-    keep_likely,
     row_seeds,
     row_uniforms,
-    sample_rows,
     stop_token_ids,
 )
 from .attributes import as_attributes
@@ -45,100 +50,64 @@ def _guided_weights(
     best = log_target.masked_fill(probs == 0, -torch.inf).amax(-1, keepdim=True)
     return torch.where(probs == 0, 0, probs * (strength * (log_target - best)).exp())
 
-# %% ../../nbs/perturb/42_guided.ipynb #4a7cc7fe
-def _candidate_mask(
-    past: Int[Tensor, "B T"],  # 1: a token, 0: padding
-    num_candidates: int,  # N
-    dtype: torch.dtype,
-) -> Float[Tensor, "B 1 N M"]:  # M = T + N columns; added to the attention scores
-    "Let each candidate see the past and itself."
-    own = torch.eye(num_candidates, dtype=torch.bool, device=past.device).expand(len(past), -1, -1)
-    seen = torch.cat([past.bool()[:, None].expand(-1, num_candidates, -1), own], -1)
-    return torch.zeros(seen.shape, dtype=dtype, device=past.device).masked_fill(~seen, -torch.inf)[:, None]
-
-
-def _keep_candidate(
-    cache: DynamicCache,  # changed: T columns and N candidates become T + 1 columns
-    length: int,  # T
-    chosen: Int[Tensor, "B"],  # 0..N-1
-) -> None:
-    "Keep the keys and values of one candidate a row."
-    rows = torch.arange(len(chosen), device=chosen.device)
-    for layer in cache.layers:
-        for name in ("keys", "values"):
-            states = getattr(layer, name)
-            states[:, :, length] = states[rows, :, length + chosen]
-            setattr(layer, name, states[:, :, : length + 1])
-
 # %% ../../nbs/perturb/42_guided.ipynb #1c82fe19
-@torch.inference_mode()
-def _decode_guided(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    labels: Sequence[int],
-    head: AttributeHead,
-    config: GuidedConfig,
-    seeds: list[int],
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    "Yield, step by step: rows still speaking, tokens, the head's log-probabilities, whether all was a number."
-    decoder, output, device = model.get_decoder(), model.get_output_embeddings(), model.device
-    unique = list(dict.fromkeys(prompts))
-    which = torch.tensor([unique.index(prompt) for prompt in prompts], device=device)
-    ids, mask = (t.to(device) for t in encode_prompts(tokenizer, unique))
-    stops = torch.tensor(stop_token_ids(model, tokenizer), device=device)
-    uniforms = row_uniforms(seeds, config.max_new_tokens).to(device)
-    cache, places = DynamicCache(), (mask.cumsum(-1) - 1).clamp(min=0)
-    states = decoder(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
-    hidden = states.last_hidden_state[which, -1]
-    cache.batch_select_indices(which)
-    seen = torch.zeros(len(unique), model.config.vocab_size, dtype=torch.bool, device=device)
-    seen = seen.scatter(1, torch.where(mask.bool(), ids, ids[:, -1:]), True)[which]
-    mask, places, wanted = mask[which], places[which, -1:], torch.tensor(labels, device=device)[:, None]
-    total = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # of the states read so far
-    rows = torch.arange(len(prompts), device=device)
-    for step in range(config.max_new_tokens):
-        candidates, probs = _candidates(output(hidden).float(), seen, config)
-        states = decoder(
-            candidates,
-            attention_mask=_candidate_mask(mask, candidates.shape[1], hidden.dtype),
-            position_ids=(places + 1).expand_as(candidates),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        ends = torch.isin(candidates, stops)[..., None]
-        features = torch.where(ends, total[:, None] / (step + 1), (total[:, None] + states) / (step + 2))
-        log_target = head(features).gather(-1, wanted[..., None].expand(*candidates.shape, 1))[..., 0]
-        weights = _guided_weights(probs, log_target, config.strength)
-        chosen = sample_rows(weights, uniforms[rows, step]) if config.sample else weights.argmax(-1)
-        tokens, log_target = (t.gather(1, chosen[:, None])[:, 0] for t in (candidates, log_target))
-        finite = weights.isfinite().all(-1)
-        yield rows, tokens, log_target, finite
-        going = finite & ~torch.isin(tokens, stops)
-        if step + 1 == config.max_new_tokens or not going.any():
-            return
-        _keep_candidate(cache, mask.shape[1], chosen)
-        hidden = states[torch.arange(len(rows), device=device), chosen]
-        total, places = total + hidden, places + 1
-        seen.scatter_(1, tokens[:, None], True)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        if not going.all():
-            kept = rows, mask, seen, places, wanted, total, hidden
-            rows, mask, seen, places, wanted, total, hidden = (t[going] for t in kept)
-            cache.batch_select_indices(going.nonzero()[:, 0])
-
-
 def _candidates(
     logits: Float[Tensor, "B V"],
-    seen: Bool[Tensor, "B V"],
+    seen: Bool[Tensor, "B V"] | None,
     config: GuidedConfig,
 ) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:  # ids, in their order, and probabilities
     "Choose each row's likeliest tokens."
-    logits = apply_repetition_penalty(logits, seen, config.repetition_penalty)
-    probs = keep_likely((logits / config.temperature).softmax(-1), config)
-    most = max(1, int((probs > 0).sum(-1).max()))
-    ids = probs.topk(most).indices.sort(-1).values
-    return ids, probs.gather(1, ids)
+    logits = apply_repetition_penalty(logits, seen, config.repetition_penalty) / config.temperature
+    ids, probs, certain = likely_tokens(logits, config)
+    if not certain.all():
+        probs = keep_likely(logits.softmax(-1), config)
+        probs, ids = probs.topk(max(1, int((probs > 0).sum(-1).max())))
+    ids, order = ids[:, : max(1, int((probs > 0).sum(-1).max()))].sort(-1)
+    return ids, probs.gather(1, order)
+
+
+class _GuidedBatch(Batch):
+    "Rows whose next tokens the head weighs."
+
+    def __init__(self, model, tokenizer, prompts, labels, head: AttributeHead, config: GuidedConfig, seeds):
+        super().__init__(model, tokenizer, prompts, config, seeds, ahead=4 * config.top_k)
+        self.head, self.labels = head, torch.tensor(labels, device=model.device)
+
+    def begin(self, rows: list[int], hidden: Float[Tensor, "b E"]) -> dict[str, Tensor]:
+        "Begin to add up the states that the head reads."
+        return {"total": hidden.to(torch.promote_types(hidden.dtype, torch.float32))}
+
+    def choose(self) -> tuple[Tensor, Tensor, Tensor]:
+        "Choose tokens; give the head's log-probabilities, too, and whether all was a number."
+        own, stops = self.columns, torch.tensor(sorted(self.stops), device=self.labels.device)
+        logits = self.model.get_output_embeddings()(own["hidden"]).float()
+        candidates, probs = _candidates(logits, own.get("seen"), self.config)
+        states = read_tokens(self.model, self.cache, candidates, apart=True)
+        ends, steps = torch.isin(candidates, stops)[..., None], own["steps"][:, None, None]
+        total = own["total"][:, None]
+        features = torch.where(ends, total / (steps + 1), (total + states) / (steps + 2))
+        wanted = self.labels[own["where"]][:, None, None].expand(*candidates.shape, 1)
+        log_target = self.head(features).gather(-1, wanted)[..., 0]
+        weights = _guided_weights(probs, log_target, self.config.strength)
+        chosen = sample_rows(weights, self.drawn()) if self.config.sample else weights.argmax(-1)
+        keep_candidate(self.cache, chosen)
+        own["hidden"] = states[torch.arange(len(chosen), device=chosen.device), chosen]
+        own["total"] = own["total"] + own["hidden"]
+        tokens, log_target = (t.gather(1, chosen[:, None])[:, 0] for t in (candidates, log_target))
+        return tokens, log_target, weights.isfinite().all(-1)
+
+    def follow(self, tokens: Int[Tensor, "B"]) -> None:
+        "Read nothing: the token was read as a candidate."
+
+
+@torch.inference_mode()
+def _decode_guided(batch: _GuidedBatch) -> Iterator[tuple[list, list, list, list]]:
+    "Yield, step by step: rows still speaking, tokens, the head's log-probabilities, whether all was a number."
+    while batch.fill():
+        tokens, log_target, finite = batch.choose()
+        said, rows, fine = tokens.tolist(), batch.rows, finite.tolist()
+        yield rows, said, log_target.tolist(), fine
+        batch.advance(tokens, said, [not f for f in fine])
 
 # %% ../../nbs/perturb/42_guided.ipynb #a7eec02f
 @dataclass(frozen=True)
@@ -167,19 +136,15 @@ def generate_guided(
     check_request(model, lengths, attributes, classes, PPLMConfig(max_new_tokens=config.max_new_tokens))
     token_ids, read = ([[] for _ in prompts] for _ in range(2))
     failed = [False] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    batch = _GuidedBatch(model, tokenizer, prompts, labels, head, config, seeds)
     with tqdm(total=len(prompts), desc=progress, disable=not progress, unit="reply") as bar:
-        for start in range(0, len(order), config.batch_size):
-            batch = order[start : start + config.batch_size]
-            columns = ([column[i] for i in batch] for column in (prompts, labels, seeds))
-            own_prompts, own_labels, own_seeds = columns
-            for step in _decode_guided(model, tokenizer, own_prompts, own_labels, head, config, own_seeds):
-                for row, token, log_target, fine in zip(*(t.tolist() for t in step), strict=True):
-                    failed[batch[row]] = not fine
-                    if fine:
-                        token_ids[batch[row]].append(token)
-                        read[batch[row]].append(math.exp(log_target))
-            bar.update(len(batch))
+        for step in _decode_guided(batch):
+            for row, token, log_target, fine in zip(*step, strict=True):
+                failed[row] = not fine
+                if fine:
+                    token_ids[row].append(token)
+                    read[row].append(math.exp(log_target))
+                bar.update(not fine or token in batch.stops or len(token_ids[row]) == config.max_new_tokens)
     made = as_generations(model, tokenizer, token_ids, failed)
     return GuidedGenerations(made.replies, token_ids, made.stopped, failed, read)
 

@@ -15,20 +15,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.decoding import apply_repetition_penalty, attention_by, draw_tokens, leaving
+from ..core.errors import InputError
 from llama_dialogue.core.generation import (
-    apply_repetition_penalty,
     as_generations,
-    encode_prompts,
-    keep_likely,
+    read_prompts,
     row_seeds,
     row_uniforms,
-    sample_rows,
     stop_token_ids,
 )
 from .attributes import Attribute, BagOfWords, as_attributes
-from .cache import GrowingCache, attention_by, frozen_model, run_layers
+from .cache import GrowingCache, frozen_model, run_layers
 from .pplm_config import PPLMConfig
 from .pplm_request import check_request, position_mask
 
@@ -43,26 +42,27 @@ def _expected_embedding(
     return (mixed * getattr(table, "embed_scale", 1.0)).to(mixed.dtype)[:, None]
 
 # %% ../../nbs/perturb/20_pplm.ipynb #f98d44e4
-def _next_token_probs(
+def _mixed_logits(
     logits: Float[Tensor, "B V"],  # of the perturbed model
     log_unperturbed: Float[Tensor, "B V"],  # log-probabilities of the unperturbed one
     seen: Bool[Tensor, "B V"],  # tokens of prompt and reply
     config: PPLMConfig,
 ) -> Float[Tensor, "B V"]:
-    "Mix the perturbed and the unperturbed distribution by their geometric mean, and keep the likely tokens."
+    "Mix the perturbed and the unperturbed distribution by their geometric mean."
     logits = apply_repetition_penalty(logits, seen, config.repetition_penalty) / config.temperature
-    mixed = config.gm_scale * log_softmax(logits, -1) + (1 - config.gm_scale) * log_unperturbed
-    return keep_likely(mixed.softmax(-1), config)
+    return config.gm_scale * log_softmax(logits, -1) + (1 - config.gm_scale) * log_unperturbed
 
 # %% ../../nbs/perturb/20_pplm.ipynb #a8833291
 class _Steering:
     "A batch of replies that is being steered."
 
     def __init__(self, model, tokenizer, prompts, labels, attribute, config, seeds):
+        if not isinstance(model.get_decoder().layers[0].mlp.up_proj, torch.nn.Linear):
+            raise InputError("PPLM on rounded weights: they have no gradients: need quantization=None")
         self.model, self.config, device = model, config, model.device
-        ids, mask = (t.to(device) for t in encode_prompts(tokenizer, prompts))
+        ids = [tuple(tokenizer(p, add_special_tokens=False).input_ids) for p in prompts]
         attributes, labels = as_attributes(attribute, labels)
-        self.layers = check_request(model, mask.sum(-1).tolist(), attributes, labels, config)
+        self.layers = check_request(model, [len(row) for row in ids], attributes, labels, config)
         self.every = range(model.config.num_hidden_layers)
         self.upper = range(self.layers.start, len(self.every))
         self.dtype = torch.promote_types(model.dtype, torch.float32)
@@ -74,11 +74,13 @@ class _Steering:
         self.labels = torch.tensor(labels, device=device)
         self.uniforms = row_uniforms(seeds, config.max_new_tokens).to(device)
         self.stops = torch.tensor(stop_token_ids(model, tokenizer), device=device)
-        self.tokens, self.positions = ids[:, -1], mask.sum(-1) - 1
+        self.tokens = torch.tensor([row[-1] for row in ids], device=device)
+        self.positions = torch.tensor([len(row) - 1 for row in ids], device=device)
         self.seen = torch.zeros(len(ids), model.config.vocab_size, dtype=torch.bool, device=device)
-        self.seen.scatter_(1, torch.where(mask.bool(), ids, ids[:, -1:]), True)
+        for seen, row in zip(self.seen, ids, strict=True):
+            seen[list(row)] = True
         self.past_hidden = torch.zeros(len(ids), model.config.hidden_size, dtype=self.dtype, device=device)
-        self._read_prompts(prompts, ids[:, :-1], mask[:, :-1])
+        self._read(ids)
 
     def _prepared(self, attribute) -> BagOfWords | list[Tensor]:
         "Bring a head's weight and bias to the device."
@@ -87,23 +89,13 @@ class _Steering:
         return [t.detach().to(self.weights) for t in (attribute.weight, attribute.bias)]
 
     @torch.no_grad()
-    def _read_prompts(self, prompts, ids, mask) -> None:
-        "Read each distinct prompt once and copy its cache to its rows."
-        distinct = list(dict.fromkeys(prompts))
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=ids.device)
-        first = [prompts.index(prompt) for prompt in distinct]
-        ids, mask, prefill = ids[first], mask[first], DynamicCache()
-        if ids.shape[1]:
-            self.model.get_decoder()(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=prefill,
-                use_cache=True,
-            )
+    def _read(self, ids) -> None:
+        "Read each distinct prompt once, without its last token, and copy its cache to its rows."
+        distinct = list(dict.fromkeys(ids))
+        rows = torch.tensor([distinct.index(row) for row in ids], device=self.tokens.device)
+        prefill, _ = read_prompts(self.model, [row[:-1] for row in distinct])
         steps, ahead = self.config.max_new_tokens, self.horizon
-        common = {"prefill": prefill, "rows": rows, "real": mask.bool(), "wide_dtype": self.dtype}
-        common["model"] = self.model
+        common = {"prefill": prefill, "rows": rows, "wide_dtype": self.dtype, "model": self.model}
         self.unperturbed = GrowingCache(layers=self.every, wide=range(0), room=steps + ahead, **common)
         self.perturbed = GrowingCache(layers=self.upper, wide=self.layers, room=steps, **common)
 
@@ -218,9 +210,8 @@ def choose(
     logits = self._logits(self._hidden(self.entering, 0, self.perturbed, self.upper))
     self.perturbed.keep_token()
     self.past_hidden += self.hidden[:, 0]
-    probs = _next_token_probs(logits, self.log_unperturbed, self.seen, self.config)
-    tokens = sample_rows(probs, self.uniforms[:, self.step]) if self.config.sample else probs.argmax(-1)
-    return tokens, probs.isfinite().all(-1)
+    mixed = _mixed_logits(logits, self.log_unperturbed, self.seen, self.config)
+    return draw_tokens(mixed, self.uniforms[:, self.step], self.config), mixed.isfinite().all(-1)
 
 
 @patch
@@ -235,9 +226,7 @@ def advance(
     self.seen.scatter_(1, tokens[:, None], True)
     if all(going):
         return
-    count = sum(going)
-    tail = [i for i in range(count, len(going)) if going[i]]
-    order = [i if going[i] else tail.pop() for i in range(count)]
+    order = leaving(going)
     self.rows = [self.rows[i] for i in order]
     for cache in (self.unperturbed, self.perturbed):
         cache.keep_rows(order)

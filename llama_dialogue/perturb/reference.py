@@ -13,7 +13,8 @@ from torch.nn.functional import linear, log_softmax
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..core.generation import row_uniforms, sample_rows, stop_token_ids
+from ..core.decoding import sample_rows
+from ..core.generation import row_uniforms, stop_token_ids
 from .attributes import Attribute, BagOfWords, as_attributes
 from .cache import attention_by, frozen_model
 from .layers import select_layers
