@@ -113,7 +113,7 @@ def test_models_prompts_and_inputs(name):
 
 def check(case):
     """Steer again, and compare token for token; the passes may only have become fewer."""
-    assert steer_again(case) <= case["forwards"] + 1e-3
+    assert 0.5 * case["forwards"] < steer_again(case) <= case["forwards"] + 1e-3
 
 
 def steer_again(case):

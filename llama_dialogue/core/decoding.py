@@ -79,6 +79,7 @@ class KeyValues:
         for own, given in zip(self.buffers, other.buffers, strict=True):
             for buffer, source in zip(own, given, strict=True):
                 buffer[places, ..., : other.longest] = source[which, ..., : other.longest]
+                buffer[places, ..., other.longest :] = 0  # a row that left may have left no numbers there
         self.bias[places] = -torch.inf
         self.bias[places, :, : other.longest] = other.bias[which, :, : other.longest]
         self.lengths[places] = other.lengths[which]
@@ -228,7 +229,7 @@ def _grow(cache: KeyValues, reading: _Pass) -> None:
         hidden = columns >= (reading.start + real)[:, None]
         cache.bias[:rows, 0] = torch.zeros_like(cache.bias[:rows, 0]).masked_fill_(hidden, -torch.inf)
     cache.lengths[:rows] += real
-    cache.longest += n
+    cache.longest = reading.stop if reading.real is None else int(cache.lengths[:rows].max())
 
 
 def keep_candidate(

@@ -57,13 +57,19 @@ def encode_prompts(
     prompts: list[str],  # complete prompts, special tokens included
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:  # ids and mask (1 = real), padded on the left
     "Tokenize prompts, adding nothing but padding."
+    return _pad_left(tokenize_prompts(tokenizer, prompts), tokenizer.pad_token_id)
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],  # complete prompts, special tokens included
+) -> list[tuple[int, ...]]:
+    "Tokenize prompts, adding nothing."
     if not prompts or not all(prompts):
         raise InputError(
             "prompts: one is empty or there are none: need text, e.g. build_prompt(tokenizer, context)"
         )
-    return _pad_left(
-        [tokenizer(p, add_special_tokens=False).input_ids for p in prompts], tokenizer.pad_token_id
-    )
+    return [tuple(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
 
 
 def _pad_left(
@@ -136,7 +142,8 @@ def _check_memory(model: PreTrainedModel, rows: int, tokens: int) -> None:
     "Refuse buffers that do not fit."
     one = KeyValues(model, 1, 1).nbytes()
     if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
+        held = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] + held
     else:
         free = psutil.virtual_memory().available
     if (need := one * rows * tokens) > free:
@@ -160,10 +167,10 @@ def read_prompts(
         ends = [row[len(starts[i]) :] for row, i in zip(rows, which, strict=True)]
         if _padded(starts) + _padded(ends) < 0.75 * _padded(rows):
             stages = [starts, ends]
-    cache, longest = None, max(map(len, rows))
+    cache = None
     for tokens in stages:
-        before, width = cache, _virtual(past) + longest
-        cache = KeyValues(model, len(tokens), width)
+        before, length = cache, cache.longest if cache else _virtual(past)
+        cache = KeyValues(model, len(tokens), length + max(map(len, tokens)))
         if before is None:
             _put_past(cache, past)
         else:
@@ -179,6 +186,8 @@ def _padded(rows: Sequence[Sequence[int]]) -> int:
 
 def _read_rows(model, cache: KeyValues, rows, edit: AbstractContextManager | None) -> Float[Tensor, "B E"]:
     "Read rows of different length in one pass; give the hidden states of their last tokens."
+    if not any(rows):
+        return torch.zeros(len(rows), model.config.hidden_size, dtype=model.dtype, device=model.device)
     ids, mask = (t.to(model.device) for t in _pad_left(rows, padding=0))
     real, n = mask.sum(-1), ids.shape[1]
     if (real == n).all():
@@ -218,13 +227,9 @@ class Batch:
         past: Past = (),
         ahead: int = 0,  # tokens that are tried behind a row, and not kept
     ):
-        if not prompts or not all(prompts):
-            raise InputError(
-                "prompts: one is empty or there are none: need text, e.g. build_prompt(tokenizer, context)"
-            )
+        self.ids = tokenize_prompts(tokenizer, prompts)
         self.model, self.config, self.edit_context, self.past = model, config, edit_context, past
         self.classes = list(classes or [""] * len(prompts)) if edit_context is not _as_it_is else None
-        self.ids = [tuple(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
         longest, self.places = max(map(len, self.ids)), min(config.batch_size, len(prompts))
         width = _virtual(past) + longest + config.max_new_tokens
         check_model(model, width, f"prompt of {longest} tokens + max_new_tokens={config.max_new_tokens}")

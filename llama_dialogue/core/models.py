@@ -242,7 +242,9 @@ def load_chat_model(
 ) -> ChatModel:  # in evaluation mode, no gradients to its parameters
     "Load a chat model by name."
     if adapter is not None:
-        return _with_adapter(load_chat_model(name, dtype, device, revision, quantization), adapter)
+        first = None if quantization == "int8" else quantization  # rounded after it was merged
+        merged = _with_adapter(load_chat_model(name, dtype, device, revision, first), adapter)
+        return _rounded(merged, dtype) if quantization == "int8" else merged
     spec = find_model(name, "chat")
     if spec.source == "adapter":
         return _merged_in_float32(spec, dtype, device, quantization)
@@ -251,6 +253,7 @@ def load_chat_model(
     options = {"dtype": choose_dtype(dtype, on)}
     if quantization is not None:
         options |= _quantization(quantization, on, options["dtype"])
+    _check_int8(quantization, dtype)
     if place == "memory":
         tiny = tiny_chat_model(dtype=options["dtype"])
         return replace(tiny, model=_on_device(tiny.model, on, quantization), name=name)
@@ -269,12 +272,14 @@ def load_chat_model(
 
 def _merged_in_float32(spec: ModelSpec, dtype: str, device: str, quantization: str | None) -> ChatModel:
     "Load an adapter of the registry with its base."
-    if quantization is not None:
+    if quantization not in (None, "int8"):
         raise InputError(
             f"quantization={quantization!r}: {spec.name} is merged in float32: need quantization=None, "
             f"or {spec.base} with adapter={spec.origin!r}"
         )
     merged = _with_adapter(load_chat_model(spec.base, "fp32", device), spec.origin)
+    if quantization:
+        return replace(_rounded(merged, dtype), name=spec.name)
     model = merged.model.to(choose_dtype(dtype, merged.device))
     return replace(merged, model=model, name=spec.name)
 
@@ -397,16 +402,27 @@ def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> dict:
 
 def _on_device(model: PreTrainedModel, device: torch.device, quantization: str | None) -> PreTrainedModel:
     "Bring a model to its device; round the weights of its linear layers to 8 bits if asked to."
-    if quantization is None:
-        return model.to(device)
     if quantization == "int8":
         from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             how = {torch.nn.Linear: per_channel_dynamic_qconfig}
-            return quantize_dynamic(model.eval(), how, torch.qint8)
-    return model
+            return quantize_dynamic(model.eval(), how, torch.qint8, inplace=True)
+    return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
+def _check_int8(quantization: str | None, dtype: str) -> None:
+    "Refuse a dtype that rounded weights cannot have."
+    if quantization == "int8" and dtype not in ("auto", "fp32"):
+        raise InputError(f"quantization='int8' with dtype={dtype!r}: need dtype='auto' or 'fp32'")
+
+
+def _rounded(chat: ChatModel, dtype: str) -> ChatModel:
+    "Round the weights of a model that was loaded."
+    _check_int8("int8", dtype)
+    _quantization("int8", chat.device, chat.dtype)
+    return replace(chat, model=_on_device(chat.model.float(), chat.device, "int8"))
 
 # %% ../../nbs/core/50_models.ipynb #74d5c008
 CHATML = (

@@ -83,15 +83,14 @@ class GrowingCache:
         self.length = prefill.longest
         self.num_rows, self.num_heads = len(rows), config.num_key_value_heads
         self.padding = self.length - prefill.lengths[rows]
+        places = list(zip(rows.tolist(), self.padding.tolist(), strict=True))
         self.buffers, self.gradients, self._live = {}, {}, {}
         shape = (self.num_rows, self.num_heads, head_dim, self.length + room)
         for i in layers:
             dtype = wide_dtype if i in wide else model.dtype
             self.buffers[i] = [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2)]
             for buffer, filled in zip(self.buffers[i], prefill.buffers[i], strict=True):
-                for row, (prompt, padding) in enumerate(
-                    zip(rows.tolist(), self.padding.tolist(), strict=True)
-                ):
+                for row, (prompt, padding) in enumerate(places):
                     buffer[row, ..., padding : self.length] = filled[prompt, ..., : self.length - padding]
         self.dtypes, self.wide, self.width = {model.dtype, wide_dtype}, wide, shape[-1]
         self._hide_padding()

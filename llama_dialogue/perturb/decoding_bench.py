@@ -210,7 +210,7 @@ def bench_decoding(
                 "call": _ratio(seconds["transformers"], seconds["ours"]),
                 "call_ms": spread([1000 * t for t in seconds["ours"]]),
             }
-        if config.int8_replies:
+        if config.int8_replies and chat.device.type == "cpu":
             record.scores["int8"] = _int8_scores(chat, config, times)
         record.details["dtype"] = str(chat.dtype)
     return record

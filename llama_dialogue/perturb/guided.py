@@ -70,7 +70,7 @@ class _GuidedBatch(Batch):
     "Rows whose next tokens the head weighs."
 
     def __init__(self, model, tokenizer, prompts, labels, head: AttributeHead, config: GuidedConfig, seeds):
-        super().__init__(model, tokenizer, prompts, config, seeds, ahead=4 * config.top_k)
+        super().__init__(model, tokenizer, prompts, config, seeds, ahead=4 * config.top_k + 64)
         self.head, self.labels = head, torch.tensor(labels, device=model.device)
 
     def begin(self, rows: list[int], hidden: Float[Tensor, "b E"]) -> dict[str, Tensor]:

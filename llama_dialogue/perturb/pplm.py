@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.ao.nn.quantized.dynamic import Linear as DynamicQuantizedLinear
 from torch.nn.functional import linear, log_softmax
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from llama_dialogue.core.generation import (
     row_seeds,
     row_uniforms,
     stop_token_ids,
+    tokenize_prompts,
 )
 from .attributes import Attribute, BagOfWords, as_attributes
 from .cache import GrowingCache, frozen_model, run_layers
@@ -57,10 +59,10 @@ class _Steering:
     "A batch of replies that is being steered."
 
     def __init__(self, model, tokenizer, prompts, labels, attribute, config, seeds):
-        if not isinstance(model.get_decoder().layers[0].mlp.up_proj, torch.nn.Linear):
+        if isinstance(model.get_decoder().layers[0].mlp.up_proj, DynamicQuantizedLinear):
             raise InputError("PPLM on rounded weights: they have no gradients: need quantization=None")
         self.model, self.config, device = model, config, model.device
-        ids = [tuple(tokenizer(p, add_special_tokens=False).input_ids) for p in prompts]
+        ids = tokenize_prompts(tokenizer, prompts)
         attributes, labels = as_attributes(attribute, labels)
         self.layers = check_request(model, [len(row) for row in ids], attributes, labels, config)
         self.every = range(model.config.num_hidden_layers)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..core.decoding import FAMILIES
 from ..core.errors import InputError
 from .attributes import Weighted, check_attributes
 from .layers import select_layers
@@ -33,9 +34,6 @@ def position_mask(
     return torch.where(age < window_length, weight, 0)
 
 # %% ../../nbs/perturb/19_pplm_request.ipynb #b03c9768
-_FAMILIES = ("llama", "mistral", "qwen2", "gemma")
-
-
 def check_request(
     model: PreTrainedModel,
     lengths: list[int],  # tokens of each prompt
@@ -45,9 +43,9 @@ def check_request(
 ) -> range:  # the layers to perturb
     "Refuse what cannot work before any long work; resolve the layer range."
     shape = model.config
-    if shape.model_type not in _FAMILIES:
+    if shape.model_type not in FAMILIES:
         raise InputError(
-            f"model of type {shape.model_type!r}: need one of {', '.join(_FAMILIES)}, e.g. 'llama'"
+            f"model of type {shape.model_type!r}: need one of {', '.join(FAMILIES)}, e.g. 'llama'"
         )
     layers = select_layers(config.layers, shape.num_hidden_layers)
     if len(labels) != len(lengths):
