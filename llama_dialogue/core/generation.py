@@ -386,14 +386,12 @@ def generate(
             f"{len(classes)} classes for {len(prompts)} prompts: need one a prompt, e.g. ['question']"
         )
     token_ids: list[list[int]] = [[] for _ in prompts]
-    stops = set(stop_token_ids(model, tokenizer))
+    batch = Batch(model, tokenizer, prompts, config, seeds, classes, edit_context, past)
     with tqdm(total=len(prompts), desc=progress, disable=not progress, unit="reply") as bar:
-        for rows, tokens in _decode(
-            Batch(model, tokenizer, prompts, config, seeds, classes, edit_context, past)
-        ):
+        for rows, tokens in _decode(batch):
             for row, token in zip(rows, tokens, strict=True):
                 token_ids[row].append(token)
-                bar.update(token in stops or len(token_ids[row]) == config.max_new_tokens)
+                bar.update(token in batch.stops or len(token_ids[row]) == config.max_new_tokens)
     return as_generations(model, tokenizer, token_ids)
 
 # %% ../../nbs/core/60_generation.ipynb #0da3e866

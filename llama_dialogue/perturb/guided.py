@@ -72,6 +72,7 @@ class _GuidedBatch(Batch):
     def __init__(self, model, tokenizer, prompts, labels, head: AttributeHead, config: GuidedConfig, seeds):
         super().__init__(model, tokenizer, prompts, config, seeds, ahead=4 * config.top_k + 64)
         self.head, self.labels = head, torch.tensor(labels, device=model.device)
+        self.ends = torch.tensor(sorted(self.stops), device=model.device)
 
     def begin(self, rows: list[int], hidden: Float[Tensor, "b E"]) -> dict[str, Tensor]:
         "Begin to add up the states that the head reads."
@@ -79,11 +80,11 @@ class _GuidedBatch(Batch):
 
     def choose(self) -> tuple[Tensor, Tensor, Tensor]:
         "Choose tokens; give the head's log-probabilities, too, and whether all was a number."
-        own, stops = self.columns, torch.tensor(sorted(self.stops), device=self.labels.device)
+        own = self.columns
         logits = self.model.get_output_embeddings()(own["hidden"]).float()
         candidates, probs = _candidates(logits, own.get("seen"), self.config)
         states = read_tokens(self.model, self.cache, candidates, apart=True)
-        ends, steps = torch.isin(candidates, stops)[..., None], own["steps"][:, None, None]
+        ends, steps = torch.isin(candidates, self.ends)[..., None], own["steps"][:, None, None]
         total = own["total"][:, None]
         features = torch.where(ends, total / (steps + 1), (total + states) / (steps + 2))
         wanted = self.labels[own["where"]][:, None, None].expand(*candidates.shape, 1)
