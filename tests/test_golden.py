@@ -31,6 +31,7 @@ from llama_dialogue.compare.methods import (
 from llama_dialogue.compare.report import compare_cells
 from llama_dialogue.compare.scored import ScoredGrid
 from llama_dialogue.compare.scores import GridContexts, ReplyScorer, human_replies
+from llama_dialogue.core import generation
 from llama_dialogue.core.dialogues import Example, Turn
 from llama_dialogue.core.generation import count_forward_equivalents, derive_seed
 from llama_dialogue.core.migration import cell_label
@@ -111,9 +112,28 @@ def test_models_prompts_and_inputs(name):
             assert [inputs.get(need).sha256 for need in needs] == [sha256] * len(needs), method
 
 
-def check(case):
-    """Steer again, and compare token for token; the passes may only have become fewer."""
-    assert 0.5 * case["forwards"] < steer_again(case) <= case["forwards"] + 1e-3
+QUEUED = {  # work of several batches: waiting prompts take free places, so fewer tokens pad than were recorded then
+    "tiny/prompt": 8508.0,
+    "tiny/prompt_best_of_n": 12129.0,
+    "tiny/guided_best_of_n": 9915.0,
+    "tiny/none-batches": 2993.0,
+    "tiny/guided-top4": 1680.0,
+}
+
+
+def check(case, monkeypatch):
+    """Steer again and compare token for token, and pass for pass if each prompt is read whole, as it was then."""
+    wanted = QUEUED.get(case["id"], case["forwards"])
+    forwards = steer_again(case)
+    if forwards < wanted - 1e-3:  # prompts that begin alike were read once
+        monkeypatch.setattr(generation, "_shared_starts", each_alone)
+        forwards = steer_again(case)
+    assert forwards == pytest.approx(wanted, abs=1e-3) and wanted <= case["forwards"]
+
+
+def each_alone(rows):
+    """Find nothing that prompts share."""
+    return [row[:-1] for row in rows], list(range(len(rows)))
 
 
 def steer_again(case):
@@ -132,14 +152,14 @@ def steer_again(case):
 
 
 @pytest.mark.parametrize("case", [case["id"] for case in GOLDEN["cases"]])
-def test_the_same_seeds_give_the_same_replies(case):
-    check(CASES[case])
+def test_the_same_seeds_give_the_same_replies(case, monkeypatch):
+    check(CASES[case], monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case["id"] for case in SLOW["cases"]])
-def test_more_replies(case):
-    check(CASES[case])
+def test_more_replies(case, monkeypatch):
+    check(CASES[case], monkeypatch)
 
 
 def test_seeds():
