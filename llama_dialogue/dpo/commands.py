@@ -182,11 +182,13 @@ def _show_scorecard(result) -> str:
         rows.append(row | {key: f"{scores[k]:.2f}" if k in scores else "" for key, k in _COLUMNS.items()})
     kept = [key for key in rows[0] if any(row[key] for row in rows)]
     told = [format_table([{key: row[key] for key in kept} for row in rows])]
-    for name, axes in record.details["shifts"].items():
+    for name, changes in record.details["changes"].items():
         moves = ", ".join(
-            f"{axis} {own['gain']['value']:+.2f} (p {own['p']:.3f})" for axis, own in axes.items()
+            f"{axis} {own['change']['value']:+.2f} (p {own['p']:.3f})"
+            for axis, own in changes.get("open", {}).items()
         )
-        told.append(f"{name}, towards its own sides: {moves}")
+        if moves:
+            told.append(f"{name}, towards its own sides: {moves}")
     return "\n".join(told)
 
 

@@ -6,15 +6,15 @@
 __all__ = ['scorecard_job']
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700003
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+from .changes import all_changes
 
 from ..core.models import ChatModel
 from ..core.paths import check_writable
 from ..core.records import RunRecord, kept_rows, save_rows, start_run
-from ..core.statistics import holm
 from llama_dialogue.dpo.benchmarks import (
     answer_eqbench,
     answer_socialiqa,
@@ -26,7 +26,6 @@ from llama_dialogue.dpo.benchmarks import (
 from .configs import ScorecardConfig
 from .distance import distance_scores, draw_examples
 from llama_dialogue.dpo.open_answers import (
-    axis_shift,
     open_answers,
     open_scores,
     read_answers,
@@ -140,21 +139,6 @@ def _flat(part: str, scores: dict) -> dict:
     return found
 
 # %% ../../nbs/dpo/70_scorecard.ipynb #dp700008
-def _shifts(config: ScorecardConfig, answers: Mapping[str, pd.DataFrame]) -> dict:
-    "Compare the open answers of personas with those of the base."
-    found, keys = {}, []
-    for name, own in config.subjects.items():
-        if own.type:
-            shifts = axis_shift(answers[name], answers["base"], own.type)
-            found[name] = {axis: [gain.to_dict(), p] for axis, (gain, p) in shifts.items()}
-            keys += [(name, axis) for axis in shifts]
-    if keys:
-        corrected = holm([found[name][axis][1] for name, axis in keys]).tolist()
-        for (name, axis), p in zip(keys, corrected, strict=True):
-            found[name][axis] = {"gain": found[name][axis][0], "p": p}
-    return found
-
-
 def _subjects(
     config: ScorecardConfig, chat: ChatModel | None
 ) -> tuple[Subject, dict[str, Callable[[], Subject]]]:
@@ -184,7 +168,7 @@ def scorecard_job(
             subject = make()
             if subject.chat is not base.base:
                 record.add_input(f"subject {name}", subject.chat)
-            record.scores[name] = {}
+            record.scores[name], answers[name] = {}, {}
             for part, ask in questions.items():
                 if part == "lost" and name == "base":
                     continue
@@ -193,11 +177,13 @@ def scorecard_job(
                 if "reply" in rows:
                     said.append(rows.assign(subject=name, part=part))
                 record.scores[name] |= _flat(part, scores)
+                answers[name][part] = rows
                 if part == "questionnaire":
                     types[name] = scores["type"]
-                elif part == "open":
-                    answers[name] = rows
-        record.details |= {"types": types, "shifts": _shifts(config, answers)}
+                elif part == "lost":
+                    answers["base"][part] = rows.assign(nll=rows.base_nll)
+        wanted = {name: own.type for name, own in config.subjects.items()}
+        record.details |= {"types": types, "changes": all_changes(answers, wanted)}
         rows = pd.concat(said, ignore_index=True) if said else pd.DataFrame()
         if records is not None and len(rows):
             record.rows = f"{record.name}.parquet"
