@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-from .changes import all_changes
 
 from ..core.models import ChatModel
 from ..core.paths import check_writable
@@ -23,6 +22,7 @@ from llama_dialogue.dpo.benchmarks import (
     read_socialiqa,
     socialiqa_scores,
 )
+from .changes import all_changes
 from .configs import ScorecardConfig
 from .distance import distance_scores, draw_examples
 from llama_dialogue.dpo.open_answers import (

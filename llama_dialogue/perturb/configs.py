@@ -184,7 +184,7 @@ class DecodingBenchConfig(Config):
     ragged_rows: int = 256  # 0: no ragged work
     ragged_places: int = 32  # rows at a time
     int8_replies: int = 200  # human replies whose perplexity under int8 weights is measured; 0: no int8
-    scored_replies: int = 96  # replies whose likelihoods are read, four to a prompt; 0: none
+    scored_prompts: int = 24  # four replies to each, whose likelihoods are read; 0: none
     rounds: int = 3
     seed: int = 0
 
@@ -197,7 +197,7 @@ class DecodingBenchConfig(Config):
             ("new_tokens", 3),
             ("ragged_rows", 0),
             ("int8_replies", 0),
-            ("scored_replies", 0),
+            ("scored_prompts", 0),
         ):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}: need at least {least}, e.g. {name}=24")

@@ -174,7 +174,7 @@ def nll_one_by_one(
 
 def _time_scoring(chat: ChatModel, config: DecodingBenchConfig) -> dict[str, list[float]]:  # seconds
     "Time both in turns: the reply of each prompt and of the three before it, four to a prompt."
-    prompts, replies = _encoded(chat, _human_replies(max(1, config.scored_replies // 4)))
+    prompts, replies = _encoded(chat, _human_replies(config.scored_prompts))
     asked = [prompt for prompt in prompts for _ in range(4)]
     given = [replies[i - k] for i in range(len(prompts)) for k in range(4)]
     runs = {
@@ -255,11 +255,11 @@ def bench_decoding(
             }
         if config.int8_replies and chat.device.type == "cpu":
             record.scores["int8"] = _int8_scores(chat, config, times)
-        if config.scored_replies:
+        if config.scored_prompts:
             seconds = _time_scoring(chat, config)
             record.scores["scoring"] = {
                 "call": _ratio(seconds["one by one"], seconds["ours"]),
-                "replies_per_second": spread([config.scored_replies / t for t in seconds["ours"]]),
+                "replies_per_second": spread([4 * config.scored_prompts / t for t in seconds["ours"]]),
             }
         record.details["dtype"] = str(chat.dtype)
     return record
