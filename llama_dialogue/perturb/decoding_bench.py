@@ -176,7 +176,7 @@ def _time_scoring(chat: ChatModel, config: DecodingBenchConfig) -> dict[str, lis
     "Time both in turns: the reply of each prompt and of the three before it, four to a prompt."
     prompts, replies = _encoded(chat, _human_replies(config.scored_prompts))
     asked = [prompt for prompt in prompts for _ in range(4)]
-    given = [replies[i - k] for i in range(len(prompts)) for k in range(4)]
+    given = [replies[(i - k) % len(replies)] for i in range(len(prompts)) for k in range(4)]
     runs = {
         "ours": lambda: PromptReader(chat.model, chat.tokenizer).score(asked, given),
         "one by one": lambda: nll_one_by_one(chat, asked, given),
